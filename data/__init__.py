@@ -1,0 +1,48 @@
+"""
+What every stage reads: a dialogue of dated turns by two speakers, and the questions asked about it.
+
+One module beside this one per benchmark (`locomo.py`, `synthetic.py`), each with
+`load(split, ...) -> list[Dialogue]`. Nothing here knows of models or of memory.
+"""
+from dataclasses import dataclass
+
+
+class UsageError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The edit of the memory bank a turn calls for. `old_memory` and `text` are whole memory texts or ''."""
+    event: str  # ADD, UPDATE, DELETE or NOOP
+    old_memory: str = ""  # the entry that UPDATE rewrites or DELETE removes
+    text: str = ""  # what ADD or UPDATE writes
+
+
+@dataclass(frozen=True)
+class Turn:
+    id: str  # unique in its dialogue: "D3:12" is turn 12 of session 3
+    session: int  # from 1
+    speaker: str
+    text: str  # an image is rendered into it by its caption
+    time: str  # as the benchmark writes it: "1:56 pm on 8 May, 2023"
+    fact: str = ""  # synthetic only: what the turn says, as one memory; "" if there is nothing to keep
+    operation: Operation | None = None  # synthetic only, for baselines and agreement; training never reads it
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str  # unique in its dialogue
+    text: str
+    answer: str
+    category: int  # the benchmark's own number
+    evidence: tuple[str, ...] = ()  # ids of the turns that hold the answer
+    asked: str | None = None  # id of the turn right after which it is asked; None: after the last
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    id: str
+    speakers: tuple[str, str]
+    turns: tuple[Turn, ...]
+    questions: tuple[Question, ...]
