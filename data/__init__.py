@@ -2,9 +2,12 @@
 What every stage reads: a dialogue of dated turns by two speakers, and the questions asked about it.
 
 One module beside this one per benchmark (`locomo.py`, `synthetic.py`), each with
-`load(split, ...) -> list[Dialogue]`. Nothing here knows of models or of memory.
+`load(split, ...) -> list[Dialogue]`; `load` below finds the right one. Nothing here knows of models or of memory.
 """
 from dataclasses import dataclass
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny"  # the default model; `python -m data.pretrain` makes it anew
 
 
 class UsageError(Exception):
@@ -46,3 +49,18 @@ class Dialogue:
     speakers: tuple[str, str]
     turns: tuple[Turn, ...]
     questions: tuple[Question, ...]
+
+
+def load(name: str, split: str, **options) -> list[Dialogue]:
+    """
+    The dialogues of a split: `synthetic`, `locomo`, or the path of a file in LoCoMo's format. `options` go to the
+    benchmark's own loader. UsageError for what cannot be read.
+    """
+    from data import locomo, synthetic  # here: they import the classes above
+    if name == "synthetic":
+        return synthetic.load(split, **options)
+    if name == "locomo":
+        return locomo.load(split, **options)
+    if not Path(name).is_file():
+        raise UsageError(f"--data {name}: neither a benchmark (synthetic, locomo) nor a file that is there")
+    return locomo.load(split, path=name, **options)

@@ -1,0 +1,184 @@
+"""
+The Answer Agent of Memory-R1 (arXiv 2508.19828, Alg. 4): it retrieves memories for a question, writes down which of
+them matter (memory distillation) and answers, all in one generation.
+
+    memories of Jon:
+    1 (8 May 2023) Jon has a dog named Buddy.
+    2 (3 June 2023) Jon drives a Kia car.
+    question: Which car does Jon drive?
+    relevant memories, then the answer:
+                                          1 none          or          relevant: 2
+                                          2 Kia                       answer: Kia
+                                          answer: Kia
+
+The paper re-prints the selected memories; a number, or a verdict of a word or two a line, costs a fraction of that.
+How an answer is judged (exact match, F1, BLEU-1) stands here too, beside what it judges.
+"""
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manager import chat, fit_prompt, memory_lines, one_line
+from memory import Memory, MemoryBank
+
+RULES = """You answer a question about two people from memories of their conversations. Each memory has a number and \
+the date on which it was told.
+Read the memories of both people carefully and do not mix the people up. The question's matter may be put in other \
+words in a memory. Where memories contradict each other, the newest is right. Turn relative times in a memory ("last \
+year", "two months ago") into a date, month or year by the memory's date, and answer "when" with that date. If several \
+memories answer the question together, give all their values. Do not explain; answer in fewer than six words."""
+SYSTEM = RULES + """
+First select: write "relevant:" and the numbers of the memories that matter for the question, and nothing else on that \
+line. Then write the answer on its own line. Example:
+relevant: 2, 5
+answer: a beach in Spain"""
+SYSTEM_PLAIN = RULES + """
+Write the answer and nothing else, as in:
+answer: a beach in Spain"""
+
+LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
+LONGEST_ANSWER = 1_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # "" if the output was invalid
+    selected: tuple[int, ...]  # numbers of the memories, as in the prompt
+    is_valid: bool
+
+
+# ------------------------------------------------------------------------------------------------ retrieval, prompt
+
+def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
+    """The speakers a question names; all of them if it names none. ("Where is Jon?", ("Jon", "Gina")) -> ("Jon",)"""
+    named = tuple(name for name in speakers if re.search(rf"\b{re.escape(name)}\b", question, re.IGNORECASE))
+    return named or tuple(speakers)
+
+
+def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, named_only: bool = False,
+             floor: float | None = None) -> list[tuple[Memory, float]]:
+    """
+    The k most similar memories of each speaker (the paper: 30 each), best first, with their similarity.
+    `named_only`: only of the speakers the question names; `floor`: none below this similarity.
+    """
+    searched = speakers_asked(question, speakers) if named_only else speakers
+    found = [pair for speaker in searched for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
+    return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
+
+
+def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str, list[Memory]]:
+    """Memories as a prompt shows them: under their speaker, oldest first. Speakers without any are left out."""
+    shown = {speaker: sorted((memory for memory in memories if memory.speaker == speaker), key=lambda m: m.id)
+             for speaker in speakers}
+    return {speaker: own for speaker, own in shown.items() if own}
+
+
+def case_text(shown: dict[str, Sequence], question: str, distill: bool = True) -> str:
+    """The user message: memories numbered through under their speakers' headings, then the question."""
+    parts, start = [], 1
+    for speaker, own in shown.items():
+        parts.append(f"memories of {speaker}:\n{memory_lines(own, start)}")
+        start += len(own)
+    wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
+    return "\n".join([*(parts or ["memories:\nnone"]), f"question: {one_line(question)}", wanted])
+
+
+def messages(memories: Sequence[Memory], speakers: Sequence[str], question: str, distill: bool = True) -> list[dict]:
+    return chat(SYSTEM if distill else SYSTEM_PLAIN, case_text(by_speaker(memories, speakers), question, distill))
+
+
+# ------------------------------------------------------------------------------------------------ parsing
+
+def parse(completion: str) -> Answer:
+    """
+    Reads both ways of selecting: 'relevant: 2, 5' by number, or a verdict a line where 'none' means not selected.
+    '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without an 'answer:' line the output is invalid.
+    """
+    text = completion[:LONGEST_OUTPUT].replace("*", "")
+    found = list(re.finditer(r"(?im)^[ \t]*(?:final )?answer[ \t]*:[ \t]*(.*)$", text))
+    if not found:
+        return Answer("", (), False)
+    before, selected = text[:found[-1].start()], []
+    for line in before.splitlines():
+        listed = re.match(r"(?i)\s*relevant(?: memories)?\s*:(.*)", line)
+        verdict = re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
+        if listed:
+            selected += re.findall(r"\d{1,4}", listed[1])
+        elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
+            selected.append(verdict[1])
+    answer = one_line(found[-1][1][:LONGEST_ANSWER])
+    return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
+
+
+# ------------------------------------------------------------------------------------------------ the agent
+
+@dataclass(frozen=True)
+class Asked:
+    """One question to one bank, ready for the model: prompt ids, the memories shown in their order, how many dropped."""
+    prompt: list[int]
+    shown: list[Memory]
+    dropped: int
+
+
+def ask(policy, bank: MemoryBank, question: str, speakers: Sequence[str], k: int, distill: bool = True,
+        named_only: bool = False, floor: float | None = None, max_prompt_tokens: int | None = None) -> Asked:
+    """Retrieves for a question and writes the prompt."""
+    ranked = [memory for memory, _ in retrieve(bank, question, speakers, k, named_only, floor)]
+    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(memories, speakers, question, distill), ranked,
+                                    max_prompt_tokens)
+    return Asked(ids, [memory for own in by_speaker(kept, speakers).values() for memory in own], dropped)
+
+
+def answer_all(policy, asked: Sequence[Asked], adapter: str | None, max_new_tokens: int) -> list[Answer]:
+    """The agent's greedy answers in one batch; identical prompts are answered once (`Policy.sample` sees to that)."""
+    if not asked:
+        return []
+    with policy.using(adapter):
+        groups = policy.sample([one.prompt for one in asked], 1, max_new_tokens, temperature=0)
+    return [parse(group[0].text) for group in groups]
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+def normalize(text: str) -> str:
+    """
+    What exact match compares (the paper does not say): Unicode NFKC, lower case, hyphens and slashes to spaces, other
+    punctuation to nothing, articles dropped, white space folded. "7 May, 2023." -> "7 may 2023"
+    """
+    text = unicodedata.normalize("NFKC", str(text)).lower()
+    text = re.sub(r"[-/\u2010-\u2015\u2212]", " ", text)
+    text = "".join(char for char in text if not unicodedata.category(char).startswith(("P", "S", "Cf")))
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 if both normalize to the same string that is not empty, else 0.0."""
+    return float(normalize(prediction) == normalize(reference) != "")
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Token F1 in Mem0's definition: lower case, '.,!?' to spaces, SETS of words. ("dog dog cat", "cat") -> 2/3"""
+    words = [set(re.sub(r"[.,!?]", " ", str(text).lower()).split()) for text in (prediction, reference)]
+    common = len(words[0] & words[1])
+    return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0
+
+
+def tokens(text: str) -> list[str]:
+    """Words and single marks, lower case: close to nltk's word_tokenize on short answers. "It's 5." -> it 's 5 ."""
+    return re.findall(r"n't|'\w+|\w+(?=n't)|\w+(?:[-.,:/]\w+)*|[^\w\s]", str(text).lower())
+
+
+def bleu1(prediction: str, reference: str, tokenize=tokens) -> float:
+    """
+    BLEU-1 = min(1, e^(1 - r/c)) * matched / c for one reference of r tokens and a prediction of c (Papineni et al.,
+    2002): matches are clipped to the reference's counts. No match gives 0, as nltk's smoothing method 1 does.
+    """
+    predicted, expected = tokenize(prediction), tokenize(reference)
+    matched = sum((Counter(predicted) & Counter(expected)).values())
+    if not matched:
+        return 0.0
+    brevity = min(1.0, math.exp(1 - len(expected) / len(predicted)))
+    return brevity * matched / len(predicted)

@@ -1,0 +1,222 @@
+"""
+What the tiny default model is taught: to know the formats, to carry out each operation, to read memories
+faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`), or to keep
+its place among dozens of memories (few lessons have more than ten). That is left to reinforcement.
+
+A lesson is a list of (prompt, completion) pairs that follow one another; only completions are learned.
+"""
+import json
+import random
+from collections.abc import Callable
+
+from answer import case_text as answer_case
+from data.synthetic import (ATTRIBUTES, CAPITAL, EVENTS, KINDS, WORDS, Entry, World, joined, memory_text, read,
+                            values_read)
+from manager import case_text as manager_case
+from manager import turn_text
+
+MONTHS = ("January February March April May June July August September October November December").split()
+
+# P(operation | kind of turn). `right` is the known one, `rewrite` writes the fact over its entry, `other` over any.
+ROUGH = [("ADD", .43), ("NOOP", .35), ("other", .13), ("delete other", .09)]
+NOISE = {
+    "new": [("ADD", .45), ("other", .30), ("NOOP", .18), ("delete other", .07)],
+    "change": [("rewrite", .35), ("ADD", .43), ("NOOP", .11), ("delete", .11)],
+    "more": [("right", .32), ("rewrite", .38), ("ADD", .10), ("delete", .10), ("NOOP", .10)],
+    "drop": [("delete", .35), ("ADD", .40), ("NOOP", .15), ("rewrite", .10)],
+    "repeat": ROUGH, "echo": ROUGH, "wish": ROUGH, "talk": ROUGH, "chat": ROUGH,
+}
+NOISE["event"] = NOISE["new"]
+EASY = [("ADD", .5), ("NOOP", .5)]
+CLEAN = {
+    "new": [("ADD", .85), ("NOOP", .15)], "event": [("ADD", .85), ("NOOP", .15)],
+    "change": [("rewrite", .5), ("ADD", .2), ("delete", .3)],
+    "more": [("right", .55), ("rewrite", .25), ("ADD", .1), ("delete", .1)],
+    "drop": [("delete", .6), ("rewrite", .2), ("ADD", .2)],
+    "repeat": EASY, "echo": EASY, "wish": EASY, "talk": EASY, "chat": EASY,
+}
+
+
+def weighted(rng: random.Random, choices):
+    return rng.choices([name for name, _ in choices], [weight for _, weight in choices])[0]
+
+
+def lesson_drawer(pieces: list[str]) -> Callable[[random.Random, str], str]:
+    """Words for lessons: the pretraining split's own, and glued pieces of the vocabulary, so that all get copied."""
+    every = sorted({word for words in WORDS["pretrain"].values() for word in words})
+
+    def glued(rng, capital):
+        word = "".join(rng.choice(pieces) for _ in range(rng.choice((1, 2, 2, 2, 3, 3)))).lower()
+        return word.capitalize() if capital else word
+
+    def draw(rng, pool):
+        capital = pool in CAPITAL
+        u = rng.random()
+        if u < 0.20:
+            return rng.choice(WORDS["pretrain"][pool])
+        if u < 0.30 and pool != "person":
+            return rng.choice(every)
+        if u < 0.88 or pool == "person":
+            return glued(rng, capital)
+        return f"{glued(rng, capital)} {glued(rng, capital)}"
+    return draw
+
+
+def random_date(rng: random.Random) -> str:
+    return f"{rng.randint(1, 31)} {rng.choice(MONTHS)} {rng.randint(2021, 2025)}"
+
+
+def random_entry(world: World, speaker: str, name: str | None = None) -> Entry:
+    """A line some bank may hold: mostly true, also merged, dreamt, taken back or mere talk."""
+    rng = world.rng
+    name = name or rng.choice([*ATTRIBUTES, *ATTRIBUTES, *EVENTS])
+    spec, time = ATTRIBUTES.get(name) or EVENTS[name], random_date(rng)
+    u = rng.random()
+    if u < 0.05 and name in ATTRIBUTES:
+        return Entry(speaker, "talk", (), f"{speaker} said: {world.choose(spec['talk'])}", (), time, False)
+    value = world.word(spec["pool"])
+    if u < 0.17:
+        text = world.choose(spec["wish"])[1] if len(spec["wish"]) > 2 else rng.choice(spec["wish"])[1]
+        return Entry(speaker, name, (value,), text.format(p=speaker, v=value), (), time, False)
+    if u < 0.21 and name in ATTRIBUTES:
+        return Entry(speaker, name, (value,), f"No longer: {memory_text(speaker, name, [value])}", (), time, False)
+    values = [value]
+    while spec.get("many") and len(values) < 3 and rng.random() < 0.3:
+        values.append(world.word(spec["pool"]))
+    return Entry(speaker, name, tuple(values), memory_text(speaker, name, values), (), time)
+
+
+def fill_bank(world: World, speakers, size: int, crowding: float) -> None:
+    """`size` random lines; a share `crowding` of them about a matter that is already there, or a plain repetition."""
+    rng = world.rng
+    while len(world.bank) < size:
+        old = rng.choice(world.bank) if world.bank else None
+        if old and old.attribute != "talk" and rng.random() < crowding:
+            if rng.random() < 0.25:
+                entry = Entry(old.speaker, old.attribute, old.values, old.text, (), random_date(rng), old.true)
+            else:
+                entry = random_entry(world, old.speaker if rng.random() < .8 else rng.choice(speakers), old.attribute)
+        else:
+            entry = random_entry(world, rng.choice(speakers))
+        world.bank.append(entry)
+    rng.shuffle(world.bank)
+
+
+def operation_json(event: str, old: str = "", text: str = "") -> str:
+    """One operation as the Manager writes it. Texts begin with a space: a word is then always the same tokens."""
+    operation = {"event": event}
+    if event in ("UPDATE", "DELETE"):
+        operation["old_memory"] = " " + old
+    if event in ("ADD", "UPDATE"):
+        operation["text"] = " " + text
+    return json.dumps([operation], ensure_ascii=False, separators=(",", ":"))
+
+
+def carry_out(rng, behaviour: str, bank, fact: str, event: str, old: Entry | None, new: Entry | None) -> str:
+    if not bank and behaviour in ("other", "delete other"):
+        behaviour = "ADD"
+    if behaviour == "right":
+        return operation_json(event, old.text if old else "", new.text if new else "")
+    if behaviour in ("ADD", "NOOP"):
+        return operation_json(behaviour, "", fact)
+    target = rng.choice(bank) if "other" in behaviour else old
+    return operation_json("DELETE" if "delete" in behaviour else "UPDATE", target.text, fact)
+
+
+def some_turn(world: World, speaker: str, time: str, kind: str | None = None):
+    """A turn the bank allows, with its kind."""
+    while True:
+        chosen = kind or world.rng.choices(list(KINDS), [2.5, 3, 2.5, 2.5, 1.5, 2, 1, .6, 2, .8])[0]
+        said = world.turn(speaker, "D1:1", time, chosen)
+        if said:
+            return chosen, said
+        if kind:
+            return None
+
+
+def manager_lesson(rng: random.Random, draw, size: int, clean: bool, turns: int = 3) -> list[tuple[str, str]]:
+    """Some turns about one bank of up to `size` lines, each with one operation."""
+    world = World(rng, draw)
+    speaker = world.speakers[0]
+    fill_bank(world, [speaker], rng.randint(0, size), 0.25)
+    lesson = []
+    for i in range(turns):
+        time = random_date(rng)
+        kind, (text, fact, event, old, new, *_) = some_turn(world, speaker, time)
+        operation = carry_out(rng, weighted(rng, (CLEAN if clean else NOISE)[kind]), world.bank, fact, event, old, new)
+        prompt = manager_case(speaker, time, world.bank, [text])
+        lesson.append((prompt if i == 0 else prompt[prompt.index("new facts"):], operation))
+    return lesson
+
+
+def answer_text(shown: list[Entry], speaker: str, names, value, distill: bool = True) -> str:
+    """The Answer Agent's output: a verdict on every line, then the answer. '1 none\\n2 Kia\\nanswer: Kia'"""
+    answer = f"answer: {read(shown, speaker, names, value)}"
+    if not distill:
+        return answer
+    verdicts = [f"{i} {joined(values_read(entry, speaker, names, value)) or 'none'}" for i, entry in enumerate(shown, 1)]
+    return "\n".join([*verdicts, answer])
+
+
+def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
+    """What to ask: (attributes, value of an event or None). Oversamples matters with several lines, and missing ones."""
+    mine = [entry for entry in bank if entry.speaker == speaker and entry.attribute != "talk"]
+    events = [entry for entry in mine if entry.attribute in EVENTS]
+    held = [entry.attribute for entry in mine if entry.attribute in ATTRIBUTES]
+    u = rng.random()
+    if events and u < 0.15:
+        entry = rng.choice(events)
+        return [entry.attribute], entry.values[0]
+    several = [name for name in held if held.count(name) > 1]
+    names = [rng.choice(several if several and rng.random() < .55 else held) if held and u < 0.84
+             else rng.choice(list(ATTRIBUTES))]
+    if rng.random() < 0.35:
+        names.append(rng.choice([name for name in (held if rng.random() < .8 else ATTRIBUTES) if name not in names]
+                                or [name for name in ATTRIBUTES if name not in names]))
+        rng.shuffle(names)
+    return names, None
+
+
+def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest: int = 1) -> list[tuple[str, str]]:
+    """Some questions about one bank of up to `size` lines."""
+    world = World(rng, draw)
+    both = rng.random() < 0.1
+    speakers = world.speakers[:2 if both else 1]
+    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), 0.45)
+    shown = {speaker: [entry for entry in world.bank if entry.speaker == speaker] for speaker in speakers}
+    shown = {speaker: entries for speaker, entries in shown.items() if entries}
+    world.bank = [entry for entries in shown.values() for entry in entries]
+    distill, lesson = rng.random() > 0.08, []
+    for i in range(questions):
+        speaker = rng.choice(speakers)
+        names, value = some_matter(rng, world.bank, speaker)
+        question = world.question(speaker, names, value, None, i).text
+        prompt = answer_case(shown, question, distill)
+        lesson.append((prompt if i == 0 else prompt[prompt.index("question:"):],
+                       answer_text(world.bank, speaker, names, value, distill)))
+    return lesson
+
+
+def extraction_lesson(rng: random.Random, draw) -> list[tuple[str, str]]:
+    """A turn, and what it says as a list of memories."""
+    world = World(rng, draw)
+    fill_bank(world, world.speakers[:1], 4, 0)
+    time = random_date(rng)
+    kind, (text, fact, *_) = some_turn(world, world.speakers[0], time)
+    facts = [] if kind in ("repeat", "echo", "wish", "talk", "chat") else [" " + fact]
+    return [(turn_text(world.speakers[0], time, text), json.dumps(facts))]
+
+
+def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
+    """The mixture at `progress` in [0, 1]: short banks first, doubtful labels last."""
+    ripe = min(1.0, progress / 0.2)
+    clean = progress < 0.65 or rng.random() < 0.15
+    u = rng.random()
+    if u < 0.03:
+        return extraction_lesson(rng, draw)
+    if u < 0.35:
+        return manager_lesson(rng, draw, max(1, round(5 * ripe)), clean)
+    if progress > 0.3 and u < 0.40:
+        return answer_lesson(rng, draw, 24, 1, 10)
+    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3)
+

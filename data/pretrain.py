@@ -1,0 +1,358 @@
+"""
+Makes the tiny default model from nothing: tokenizer, weights, model card. About an hour on two CPU cores.
+
+    python -m data.pretrain                          # writes data/tiny
+    python -m data.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
+
+The model is a 1.5M-parameter Qwen2. Three things make copying possible at this size (nothing else did):
+1. Heads that look 1, 2 and 3 tokens back are there from the start, set by the biases of layer 0's queries and keys.
+2. A few hundred steps of copying random tokens come first, and some such sequences stay in the mixture.
+3. Names and values are glued from pieces of the vocabulary, so that every piece has been copied.
+`data/lessons.py` says what it is taught; the gate below measures it, and the model card quotes the gate.
+"""
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from data import lessons
+from data.synthetic import ATTRIBUTES, WORDS, drawer
+
+CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}"
+                 "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}")
+# Pieces of the JSON the Manager writes, one token each: an operation is then decided by two tokens.
+CHUNKS = ['[{"event":"', '","old_memory":"', '","text":"', '"}]']
+WORD_PATTERN = Regex(r"'s| ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]+|\s")
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+def letters_like(rng: random.Random, words: list[str]):
+    """Draws made-up words with the letter triples of `words`: the tokenizer should learn pieces, not names."""
+    follow = {}
+    for word in words:
+        padded = f"^^{word.lower()}$"
+        for i in range(len(padded) - 2):
+            follow.setdefault(padded[i:i + 2], []).append(padded[i + 2])
+
+    def draw(rng, pool):
+        while True:
+            word = "^^"
+            while not word.endswith("$") and len(word) < 14:
+                word += rng.choice(follow[word[-2:]])
+            word = word.strip("^$")
+            if len(word) > 2:
+                return word.capitalize() if rng.random() < 0.6 else word
+    return draw
+
+
+def make_tokenizer(vocab_size: int, rng: random.Random) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over lessons about made-up words: template words become tokens, names become pieces."""
+    words = [part for pool in WORDS["pretrain"].values() for word in pool for part in word.split()]
+    draw = letters_like(rng, words)
+    corpus = ["".join(f"\n{i} ({i % 31 + 1} May {2021 + i % 5})" for i in range(65))] * 200
+    for _ in range(12000):
+        corpus += [prompt + "\n" + completion for prompt, completion in lessons.lesson(rng, draw, 0.9)]
+    corpus += [" " + draw(rng, "") for _ in range(60000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(WORD_PATTERN, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(CHUNKS), special_tokens=["<pad>", "<eos>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    chunk = re.compile("|".join(map(re.escape, CHUNKS)))
+    tokenizer.train_from_iterator((part for text in corpus for part in chunk.split(text)), trainer)
+    tokenizer.add_tokens(CHUNKS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
+                                   chat_template=CHAT_TEMPLATE, model_max_length=4096,
+                                   clean_up_tokenization_spaces=False)
+
+
+def name_pieces(tokenizer) -> list[str]:
+    """The vocabulary's short alphabetic pieces, which glued names are made of."""
+    found = {token.replace("Ġ", "").lower() for token in tokenizer.get_vocab() if re.fullmatch("Ġ?[A-Za-z]{1,4}", token)}
+    return sorted(found - {"none", "and"})  # these two mean something in an answer
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+def make_model(vocab_size: int) -> Qwen2ForCausalLM:
+    config = Qwen2Config(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="eager")
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and "embed" not in name:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                p.normal_(std=0.6 / math.sqrt(p.shape[1]) / (math.sqrt(2 * config.num_hidden_layers) if residual else 1))
+        look_back(model, 1000.0)
+    return model
+
+
+def look_back(model, theta: float) -> None:
+    """
+    Makes head h of layer 0 attend to the token h + 1 places back, for h = 0, 1, 2, by biases alone.
+    Rotary embedding turns pair j of a query at position t by the angle t * theta^(-2j/d). A constant key bias b_k and
+    a query bias that is b_k turned by -(h + 1) * theta^(-2j/d) agree best where the distance is h + 1.
+    """
+    attention = model.model.layers[0].self_attn
+    d = attention.head_dim
+    angle = theta ** (-torch.arange(0, d, 2).float() / d)  # (d/2,)
+    for head in range(3):
+        rows = slice(head * d, (head + 1) * d)
+        turn = -(head + 1) * angle
+        attention.k_proj.bias[rows] = torch.cat([torch.full((d // 2,), 3.0), torch.zeros(d // 2)])
+        attention.q_proj.bias[rows] = 3.0 * torch.cat([turn.cos(), turn.sin()])
+        attention.q_proj.weight[rows] *= 0.3
+        attention.k_proj.weight[rows] *= 0.3
+
+
+def make_optimizers(model, lr: float, muon_lr: float):
+    """Muon on the matrices, AdamW on embeddings, biases and norms."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in named if p.dim() != 2 or "embed" in name]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+                  torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.02, momentum=0.95)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+    return optimizers
+
+
+# ---------------------------------------------------------------------------------------------- lessons to tensors
+
+def copy_lesson(rng: random.Random, vocab_size: int, longest: int):
+    """Random tokens, a gap, the same tokens again: (ids, learned)."""
+    tokens = [rng.randrange(2, vocab_size) for _ in range(rng.randint(4, longest))]
+    gap = [rng.randrange(2, vocab_size) for _ in range(rng.randint(0, longest))]
+    return tokens + gap + tokens, [False] * (len(tokens) + len(gap) + 1) + [True] * (len(tokens) - 1)
+
+
+def encode_lessons(tokenizer, batch):
+    """Lists of (prompt, completion) pairs -> lists of (ids, learned); EOS ends every completion."""
+    texts = [text for pairs in batch for prompt, completion in pairs for text in (prompt + "\n", completion)]
+    encoded = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+    rows = []
+    for pairs in batch:
+        ids, learned = [], []
+        for _ in pairs:
+            prompt, completion = next(encoded).ids, [*next(encoded).ids, tokenizer.eos_token_id]
+            ids += prompt + completion
+            learned += [False] * len(prompt) + [True] * len(completion)
+        rows.append((ids, learned))
+    return rows
+
+
+def batches(rng, tokenizer, draw, progress: float, tokens: int, longest: int = 448):
+    """Some hundred lessons cut into batches of at most `tokens` padded tokens: tensors ids, learned (B, T)."""
+    rows = encode_lessons(tokenizer, [lessons.lesson(rng, draw, progress) for _ in range(366)])
+    rows += [copy_lesson(rng, len(tokenizer), 24) for _ in range(18)]
+    rows = sorted((row for row in rows if len(row[0]) <= longest), key=lambda row: len(row[0]))
+    groups = [[]]
+    for row in rows:
+        if (len(groups[-1]) + 1) * len(row[0]) > tokens:
+            groups.append([])
+        groups[-1].append(row)
+    rng.shuffle(groups)
+    for group in filter(None, groups):
+        yield padded(group)
+
+
+def padded(rows):
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    learned = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (row, mask) in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row)
+        learned[i, :len(row)] = torch.tensor(mask)
+    return ids, learned
+
+
+def predictions(model, ids, learned):
+    """Logits at the places that predict a learned token, and those tokens: (N, V), (N,)."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    return model.lm_head(hidden[learned[:, 1:]]), ids[:, 1:][learned[:, 1:]]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def step(model, optimizers, ids, learned, scale: float):
+    """One update at `scale` times the peak learning rates. Returns loss and accuracy of the learned tokens."""
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        logits, targets = predictions(model, ids, learned)
+    loss = F.cross_entropy(logits.float(), targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = scale * optimizer.param_groups[0]["peak"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
+
+
+def pretrain(model, tokenizer, total: float, batch_tokens: int, seed: int, device: str, checkpoint=None) -> None:
+    """`total` tokens of lessons; the learning rate is flat for 30 %, then falls linearly to 1 %."""
+    rng, start, seen, steps, smooth = random.Random(seed), time.time(), 0, 0, None
+    optimizers = make_optimizers(model, 2e-3, 0.02)
+    for i in range(400):  # copying first
+        ids, learned = padded([copy_lesson(rng, len(tokenizer), 8 if i < 130 else 20) for _ in range(64)])
+        loss, accuracy = step(model, optimizers, ids.to(device), learned.to(device), min(1.0, (i + 1) / 50))
+        if i % 100 == 99:
+            print(f"copying {i + 1:4d}  loss {loss:.3f}  accuracy {accuracy:.3f}  {time.time() - start:.0f} s", flush=True)
+    draw = lessons.lesson_drawer(name_pieces(tokenizer))
+    next_gate = 0.1
+    while seen < total:
+        for ids, learned in batches(rng, tokenizer, draw, seen / total, batch_tokens):
+            progress = min(1.0, seen / total)
+            scale = min(1.0, (steps + 1) / 50) * (1.0 if progress < 0.3 else max(0.01, (1 - progress) / 0.7))
+            loss, _ = step(model, optimizers, ids.to(device), learned.to(device), scale)
+            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+            seen, steps = seen + int((ids != 0).sum()), steps + 1
+            if steps % 250 == 0:
+                spent = time.time() - start
+                print(f"step {steps:6d}  {seen / 1e6:6.2f}M tokens  loss {smooth:.4f}  {seen / spent:.0f} tokens/s  "
+                      f"{spent:.0f} s", flush=True)
+        if seen / total > next_gate:
+            next_gate += 0.1
+            print("  gate", json.dumps(gate(model, tokenizer, "test", 60)), flush=True)
+            if checkpoint:
+                torch.save(model.state_dict(), checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------- gate
+
+def gate_cases(rng: random.Random, draw, count: int):
+    """(what is measured, prompt, given part of the completion, acceptable rests) on clean banks of 2 to 9 lines."""
+    for _ in range(count):
+        world = lessons.World(rng, draw)
+        speaker = world.speakers[0]
+        for _ in range(rng.randint(2, 5)):
+            new_turn(world, speaker)
+        for kind in ("new", "change", "more", "drop"):
+            said = lessons.some_turn(world, speaker, lessons.random_date(rng), kind)
+            if said:
+                yield from operation_cases(world, speaker, *said)
+        for _ in range(rng.randint(0, 4)):
+            new_turn(world, speaker)
+        yield from answer_cases(world, speaker)
+
+
+def new_turn(world, speaker):
+    rng = world.rng
+    *_, event, old, new, _, _ = lessons.some_turn(world, speaker, lessons.random_date(rng),
+                                                  "event" if rng.random() < .2 else "new")[1]
+    world.apply("D1:1", event, old, new)
+
+
+def operation_cases(world, speaker, kind, said):
+    """The operation is named; is it carried out to the letter?"""
+    text, fact, event, old, new, *_ = said
+    prompt = lessons.manager_case(speaker, lessons.random_date(world.rng), world.bank[-5:], [text])
+    if old and old not in world.bank[-5:]:
+        return
+    right = lessons.operation_json(event, old.text if old else "", new.text if new else "")
+    accepted = [right]
+    if kind == "more":  # UPDATE may merge or overwrite: which is the choice that RL is for
+        accepted.append(lessons.operation_json("UPDATE", old.text, fact))
+    given = right[:right.index(event) + len(event)]
+    yield {"ADD": "add", "UPDATE": "update", "DELETE": "delete"}[event], prompt, given, [r[len(given):] for r in accepted]
+
+
+def answer_cases(world, speaker):
+    """One clean bank, asked about as it is and with one line added, removed or contradicted."""
+    rng, bank = world.rng, list(world.bank)
+    held = [entry for entry in bank if entry.attribute in ATTRIBUTES]
+    if not held:
+        return
+    entry = rng.choice(held)
+    spec, names = ATTRIBUTES[entry.attribute], [entry.attribute]
+    other = world.word(spec["pool"])
+    wish = lessons.Entry(speaker, *names, (other,), rng.choice(spec["wish"][:-1])[1].format(p=speaker, v=other), (),
+                         lessons.random_date(rng), False)
+    conflict = lessons.Entry(speaker, *names, (other,), lessons.memory_text(speaker, *names, [other]), (),
+                             lessons.random_date(rng))
+    place = rng.randint(bank.index(entry) + 1, len(bank))
+    banks = {"clean": bank, "missing": [e for e in bank if e is not entry]}
+    for name, extra in (("duplicate", entry), ("wish", wish), ("conflict", conflict)):
+        banks[name] = bank[:place] + [extra] + bank[place:]
+    cases = [(name, lines, names, None) for name, lines in banks.items()]
+    if len(held) > 1:
+        cases.append(("pair", bank, [entry.attribute, rng.choice([e.attribute for e in held if e is not entry])], None))
+    cases += [("when", bank, [e.attribute], e.values[0]) for e in bank if e.attribute not in ATTRIBUTES][:1]
+    for name, lines, names, value in cases:
+        question = world.question(speaker, names, value, None, 0).text
+        yield (name, lessons.answer_case({speaker: lines}, question), "",
+               [lessons.answer_text(lines, speaker, names, value)])
+
+
+@torch.no_grad()
+def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, float]:
+    """
+    Share of cases whose greedy completion is right to the last token, verdicts included. A greedy completion equals a
+    given one exactly if every token of it is the likeliest after those before it, so one forward pass decides.
+    """
+    rng, cases = random.Random(seed), []
+    cases = list(gate_cases(rng, drawer(split), count))
+    rows, owners = [], []
+    for i, (_, prompt, given, accepted) in enumerate(cases):
+        for rest in accepted:
+            (ids, learned), = encode_lessons(tokenizer, [[(prompt, given + rest)]])
+            start = len(tokenizer.encode(prompt + "\n" + given, add_special_tokens=False))
+            rows.append((ids, [flag and place >= start for place, flag in enumerate(learned)]))
+            owners.append(i)
+    right = set()
+    device = next(model.parameters()).device
+    for at in range(0, len(rows), 64):
+        ids, learned = padded(rows[at:at + 64])
+        logits, targets = predictions(model, ids.to(device), learned.to(device))
+        hit = torch.zeros(learned[:, 1:].shape, dtype=torch.bool)
+        hit[learned[:, 1:]] = (logits.argmax(-1) == targets).cpu()
+        exact = (hit | ~learned[:, 1:]).all(dim=1)
+        right |= {owner for owner, ok in zip(owners[at:at + 64], exact.tolist(), strict=True) if ok}
+    totals: dict[str, list[bool]] = {}
+    for i, (name, *_) in enumerate(cases):
+        totals.setdefault(name, []).append(i in right)
+    return {name: round(sum(hits) / len(hits), 3) for name, hits in sorted(totals.items())}
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--out", default=Path(__file__).parent / "tiny", type=Path)
+    parser.add_argument("--tokens", default=30e6, type=float, help="tokens of lessons (30e6)")
+    parser.add_argument("--batch-tokens", default=4096, type=int, help="padded tokens a step (4096)")
+    parser.add_argument("--vocabulary", default=2048, type=int)
+    parser.add_argument("--seed", default=7, type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(args.vocabulary, random.Random(args.seed))
+    tokenizer.save_pretrained(args.out)
+    model = make_model(len(tokenizer)).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, "
+          f"{len(name_pieces(tokenizer))} name pieces, seed {args.seed}", flush=True)
+    pretrain(model, tokenizer, args.tokens, args.batch_tokens, args.seed, args.device, args.out / "unfinished.pt")
+    model.eval()
+    results = {split: gate(model, tokenizer, split, 300) for split in ("test", "pseudo")}
+    model.config._attn_implementation = "sdpa"
+    model.half().save_pretrained(args.out)
+    (args.out / "unfinished.pt").unlink(missing_ok=True)
+    (args.out / "gate.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

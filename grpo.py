@@ -1,0 +1,232 @@
+"""
+GRPO: policy-gradient fine-tuning without a value network (DeepSeekMath, arXiv 2402.03300, sec. 4.1; Memory-R1, arXiv
+2508.19828, eq. 3). The baseline of a completion is the mean reward of its siblings, sampled from the same prompt.
+
+One step: 1. a batch of P prompts   2. G completions of each   3. their rewards   4. advantages inside each group
+5. clipped surrogate with a KL penalty towards the reference, which is the same network with LoRA switched off
+6. AdamW on the adapter, `epochs` passes over the step's completions   7. a line in metrics.jsonl
+
+What differs from the paper and why:
+1. Memory-R1 prints no clip in eq. 3; here the ratio is clipped, as GRPO was published.
+2. Its ratio is "per action"; here it is per token, as in the published GRPO and in VERL, which the paper used.
+3. A group whose rewards are all equal has no policy gradient, so it is left out of the update altogether; its KL term
+   goes too. It still counts in the mean over completions.
+
+Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
+`mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
+"""
+import random
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from policy import Completion, Policy
+from run import Run, optimizer_tensors, random_state, restore_optimizer, restore_random_state
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 60
+    group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
+    batch_size: int = 16  # P, prompts a step
+    epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped
+    minibatch: int = 0  # groups per optimizer step; 0: all of them at once
+    lr: float = 2e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
+    warmup: int = 5  # steps until the learning rate is reached
+    clip: float = 0.2
+    beta: float = 0.01  # weight of the KL penalty
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    grad_clip: float = 1.0
+    micro_batch_tokens: int = 16384  # of one forward and backward pass; lower it if memory runs out
+    checkpoint_every: int = 10  # steps
+    seed: int = 0
+
+
+class Task(Protocol):
+    """What is to be learned. `grpo.py` sees prompts, completions and rewards, and nothing of what they are about."""
+
+    def batch(self, step: int) -> list:
+        """The episodes of a step, each with a `prompt` of token ids."""
+
+    def rewards(self, episodes: list, groups: list[list[Completion]]) -> tuple[torch.Tensor, dict, list[dict]]:
+        """Rewards (P, G), further numbers for the step's line, and rollouts as a person would read them."""
+
+    def evaluate(self, when: str, step: int) -> list[dict]:
+        """Held-out results, `when` = "untrained" or "trained"."""
+
+
+@dataclass
+class Rollouts:
+    """One step's completions, and all that is known of them before the update."""
+    prompts: list[list[int]]  # P
+    completions: list[list[list[int]]]  # P x G token ids
+    logp_old: torch.Tensor  # (N, C)
+    advantages: torch.Tensor  # (P, G)
+
+
+# ------------------------------------------------------------------------------------------------ the algorithm
+
+def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """
+    A = (r - mean) / (std + eps), the statistics taken inside each group. (P, G) -> (P, G)
+    [[1., 0., 0., 1.]] -> [[.87, -.87, -.87, .87]]; equal rewards give 0.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
+    """
+    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and unbiased under samples
+    of pi (http://joschu.net/blog/kl-approx.html). k1 as a loss would have a gradient of mean zero.
+    """
+    gap = logp_ref - logp
+    return gap.exp() - gap - 1
+
+
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
+    """
+    J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }  (2402.03300, eq. 3)
+    logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), and
+    per token (N, C) the KL and whether the clip took the gradient away.
+    """
+    A = advantages[:, None]  # one number shared by every token of a row
+    rho = (logp - logp_old).exp()  # 1 until the first optimizer step
+    clipped = rho.clamp(1 - clip, 1 + clip) * A
+    kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
+    objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
+    per_row = (objective * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return -per_row, kl.detach(), (clipped < rho * A).detach()
+
+
+def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
+    """Some groups of the rollouts. Groups are blocks of G rows."""
+    G = rollouts.advantages.shape[1]
+    rows = [i * G + g for i in groups for g in range(G)]
+    return Rollouts([rollouts.prompts[i] for i in groups], [rollouts.completions[i] for i in groups],
+                    rollouts.logp_old[rows], rollouts.advantages[groups])
+
+
+def backward(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config: Config) -> dict[str, float]:
+    """Adds the gradient of some groups' share in the loss over `num_rows` completions; returns sums over tokens."""
+    logp_ref = None
+    if config.beta > 0:
+        with torch.no_grad(), policy.using(None):
+            logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
+    with policy.using(adapter):
+        logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
+    logp_old = part.logp_old[:, :logp.shape[1]]  # padded to the longest of all groups, not of these
+    losses, kl, is_clipped = grpo_loss(logp, logp_old, logp_ref, part.advantages.flatten(), mask, config.clip,
+                                       config.beta)
+    (losses.sum() / num_rows).backward()
+    return {name: (values * mask).sum().item() for name, values in
+            {"kl": kl, "clip_rate": is_clipped, "entropy": entropy, "tokens": torch.ones_like(logp)}.items()}
+
+
+def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: Config,
+           rng: random.Random) -> dict[str, float]:
+    """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
+    P, G = rollouts.advantages.shape
+    lessons = [i for i in range(P) if rollouts.advantages[i].any()]
+    sums = dict.fromkeys(("kl", "clip_rate", "entropy", "tokens"), 0.0)
+    norms = []
+    for _ in range(config.epochs if lessons else 0):
+        rng.shuffle(lessons)
+        size = config.minibatch or len(lessons)
+        for at in range(0, len(lessons), size):
+            some = lessons[at:at + size]
+            # Groups without a lesson have gradient 0 but count in the mean, in equal shares of the minibatches.
+            num_rows = len(some) * G * P / len(lessons)
+            batch = pick(rollouts, some)
+            optimizer.zero_grad(set_to_none=True)
+            for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
+                for name, value in backward(policy, pick(batch, indices), num_rows, adapter, config).items():
+                    sums[name] += value
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(adapter), config.grad_clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype float32")
+            norms.append(norm.item())
+            optimizer.step()
+    count = max(1.0, sums.pop("tokens"))
+    return {name: value / count for name, value in sums.items()} | {"grad_norm": sum(norms) / max(1, len(norms))}
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def rollouts_of(prompts, groups: list[list[Completion]], rewards: torch.Tensor, device) -> Rollouts:
+    """Completions and rewards as tensors. The log-probs of sampling serve as logp_old: nothing is scored twice."""
+    flat = [completion for group in groups for completion in group]
+    logp_old = torch.zeros(len(flat), max(len(completion.ids) for completion in flat))
+    for row, completion in zip(logp_old, flat, strict=True):
+        row[:len(completion.logps)] = torch.tensor(completion.logps)
+    return Rollouts(prompts, [[completion.ids for completion in group] for group in groups], logp_old.to(device),
+                    group_advantages(rewards).to(device))
+
+
+def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Config, step: int, rng):
+    """Steps 1 to 6 of the list above. Returns the step's metrics and its rollouts as a person would read them."""
+    start = time.time()
+    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
+    episodes = task.batch(step)
+    with policy.using(adapter):
+        groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,
+                               config.temperature)
+    rewards, extra, samples = task.rewards(episodes, groups)  # (P, G)
+    rollouts = rollouts_of([episode.prompt for episode in episodes], groups, rewards, policy.device)
+    learned = update(policy, optimizer, rollouts, adapter, config, rng)
+    flat = [completion for group in groups for completion in group]
+    metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(dim=1).mean().item(),
+               "zero_std_rate": (rewards.std(dim=1) == 0).float().mean().item(), **learned,
+               "lr": optimizer.param_groups[0]["lr"],
+               "completion_tokens": sum(len(completion.ids) for completion in flat) / len(flat),
+               "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat),
+               **extra, "seconds": time.time() - start}
+    return metrics, [{"step": step, **sample} for sample in samples]
+
+
+def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
+    """The whole run: held-out before, `steps` steps, held-out after. Continues from the run's checkpoint if it has one."""
+    rng = random.Random(config.seed)
+    parameters = policy.parameters(adapter)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    begun = run.load()
+    if begun:
+        done, tensors, state = begun
+        restore(parameters, optimizer, tensors, state, rng)
+    else:
+        done = 0
+        report(run, task.evaluate("untrained", 0))
+    for step in tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None):
+        metrics, samples = train_step(policy, task, optimizer, adapter, config, step, rng)
+        run.log(metrics)
+        run.samples(samples)
+        tqdm.write(run.line(step, metrics))
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            save(run, step, parameters, optimizer, rng)
+    if done < config.steps:
+        policy.save_adapter(adapter, run.folder / "adapter")
+        report(run, task.evaluate("trained", config.steps))
+
+
+def report(run: Run, results: list[dict]) -> None:
+    for result in results:
+        run.log(result)
+        tqdm.write(run.line(result["step"], result))
+
+
+def save(run: Run, step: int, parameters, optimizer, rng) -> None:
+    """What `restore` needs to go on with the same numbers."""
+    tensors = {f"adapter.{i}": parameter for i, parameter in enumerate(parameters)}
+    run.save(step, tensors | optimizer_tensors(optimizer), {"random": random_state(rng=rng)})
+
+
+def restore(parameters, optimizer, tensors, state, rng) -> None:
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"adapter.{i}"])
+    restore_optimizer(optimizer, tensors)
+    restore_random_state(state["random"], rng=rng)

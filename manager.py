@@ -1,0 +1,337 @@
+"""
+The Memory Manager of Memory-R1 (arXiv 2508.19828, Alg. 3): it reads what a turn says beside the related memories
+and edits the bank with ADD, UPDATE, DELETE or NOOP.
+
+    memories of Jon:
+    1 (8 May 2023) Jon has a dog named Buddy.
+    new facts from Jon (3 June 2023):
+    - I adopted another dog, Scout.
+    operations:
+                     [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
+
+Departures from the paper, each explained where it is made:
+1. Only operations on the new facts are written; the paper's prompt re-lists every memory shown (long outputs).
+2. UPDATE and DELETE touch the one entry they name, by its number here or by its text; the pseudo-code of the
+   paper drops all that was retrieved, its prompt goes by id.
+3. Any output that cannot be carried out in full is NOOP, and counted as invalid.
+"""
+import difflib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from data import Dialogue, Operation, Turn
+from memory import Memory, MemoryBank
+
+SYSTEM = """You are the memory manager of an assistant. You keep a small, correct memory bank about a person. \
+You are given memories that are already stored, each with its number and date, and new facts that the person has just \
+told. Decide how the bank has to change so that later questions about the person can be answered from it.
+
+There are four operations.
+ADD: the fact is new, and no stored memory is about the same matter. Write it as one self-contained sentence with the \
+person's name.
+  stored: 1 Nina works as a nurse.   fact: Nina has a cat named Tom.
+  [{"event": "ADD", "text": "Nina has a cat named Tom."}]
+UPDATE: a stored memory is about the same matter, and the fact adds to it, makes it more precise or replaces it. Write \
+the whole memory anew, keeping everything that is still true. Things that exist side by side belong in one memory. Do \
+not update when the fact merely says the same in other words.
+  stored: 1 Nina has a cat named Tom.   fact: Nina got another cat, Kit.
+  [{"event": "UPDATE", "id": 1, "text": "Nina has two cats, Tom and Kit."}]
+DELETE: the fact says that a stored memory is no longer true, and nothing takes its place.
+  stored: 1 Nina has a gym membership.   fact: Nina cancelled the gym.
+  [{"event": "DELETE", "id": 1}]
+NOOP: nothing to keep. The fact is already stored, or is small talk, or is about somebody else or only imagined.
+  stored: 1 Nina has a cat named Tom.   fact: Nina still has the cat Tom.
+  [{"event": "NOOP"}]
+
+Name a stored memory by its number as "id", or by its exact text as "old_memory". Turn relative dates ("yesterday") \
+into calendar dates, using the date of the new facts. Answer with the JSON list of operations and nothing else."""
+
+EXTRACTOR = """You turn what a person says into memories. Read the turn and list every fact in it that is worth \
+remembering about the person who speaks: what happened, plans, preferences, relations, possessions, feelings that \
+matter, shared photos. Each fact is one short self-contained sentence with the person's name, never a pronoun, and with \
+the calendar date where time matters (turn "yesterday" into a date, using the date of the turn). Use only what this \
+person says. Small talk gives no fact.
+Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
+
+LONGEST_TEXT = 500  # characters of a stored memory; what a model writes beyond that is a fault, not a fact
+LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
+MOST_OPERATIONS = 32  # in one output
+CLOSE_ENOUGH = 0.6  # difflib ratio from which a quoted text names a memory
+EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the Manager decides on. `memories` are the best matches first; a prompt shows them oldest first."""
+    speaker: str
+    time: str
+    facts: tuple[str, ...]
+    memories: tuple[Memory, ...]
+
+    def shown(self) -> list[Memory]:
+        return sorted(self.memories, key=lambda memory: memory.id)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One operation, ready to be carried out: `id` is the bank's own (UPDATE, DELETE), `text` the new text."""
+    event: str
+    id: int | None = None
+    text: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+def one_line(text: str) -> str:
+    """Text from people and models as one line, so that it cannot pose as another part of a prompt."""
+    return " ".join(text.split())
+
+
+def memory_lines(memories: Sequence, start: int = 1) -> str:
+    """Memories numbered from `start`: '1 (3 May 2023) Jon has a dog named Buddy.', or 'none'."""
+    lines = [f"{i} ({memory.time}) {one_line(memory.text)}" if memory.time else f"{i} {one_line(memory.text)}"
+             for i, memory in enumerate(memories, start)]
+    return "\n".join(lines) or "none"
+
+
+def case_text(speaker: str, time: str, memories: Sequence, facts: Sequence[str]) -> str:
+    """The user message that states a case."""
+    listed = "\n".join(f"- {one_line(fact)}" for fact in facts)
+    return (f"memories of {speaker}:\n{memory_lines(memories)}\n"
+            f"new facts from {speaker} ({time}):\n{listed}\noperations:")
+
+
+def turn_text(speaker: str, time: str, text: str) -> str:
+    """The user message that asks for the facts of a turn."""
+    return f"turn of {speaker} ({time}):\n{one_line(text)}\nfacts:"
+
+
+def chat(system: str, user: str) -> list[dict]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def messages(case: Case) -> list[dict]:
+    return chat(SYSTEM, case_text(case.speaker, case.time, case.shown(), case.facts))
+
+
+def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None):
+    """
+    The longest prompt within `max_tokens`: drops the lowest ranked memories, never anything else.
+    render(memories) -> messages. Returns (ids, memories kept, number dropped).
+    """
+    kept = list(ranked)
+    ids = policy.encode(render(kept))
+    while max_tokens and len(ids) > max_tokens and kept:
+        excess = (len(ids) - max_tokens) / max(1, len(ids))
+        kept = kept[:len(kept) - max(1, int(excess * len(kept) / 2))]  # in steps that never overshoot by much
+        ids = policy.encode(render(kept))
+    return ids, kept, len(ranked) - len(kept)
+
+
+# ------------------------------------------------------------------------------------------------ parsing
+
+def first_json(text: str):
+    """The first JSON list or object in a text, whatever stands around it; None if there is none."""
+    decoder, text, start = json.JSONDecoder(), text[:LONGEST_OUTPUT], -1
+    for _ in range(20):  # "[see below] {...}": try a few openings, not every one of ten thousand
+        start = min((i for i in (text.find("[", start + 1), text.find("{", start + 1)) if i >= 0), default=-1)
+        if start < 0:
+            return None
+        try:
+            return decoder.raw_decode(text, start)[0]
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def named_memory(item: dict, shown: list[Memory]) -> Memory | None:
+    """The memory an operation names: by its number in the prompt, else the one whose text is closest to the quote."""
+    number = item.get("id")
+    if isinstance(number, str) and number.strip().isdecimal() and len(number) < 6:
+        number = int(number)
+    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= len(shown):
+        return shown[number - 1]
+    quote = item.get("old_memory")
+    if not isinstance(quote, str) or not quote.strip() or not shown:
+        return None
+    quote = one_line(quote[:2 * LONGEST_TEXT])
+    ratio, memory = max(((difflib.SequenceMatcher(None, one_line(memory.text), quote, autojunk=False).ratio(), memory)
+                         for memory in shown), key=lambda pair: pair[0])
+    return memory if ratio >= CLOSE_ENOUGH else None
+
+
+def parse_edit(item, shown: list[Memory]) -> Edit | None:
+    """One element of the list, or None if it cannot be carried out."""
+    if not isinstance(item, dict) or not isinstance(item.get("event"), str):
+        return None
+    event = {"NONE": "NOOP"}.get(item["event"].strip().upper(), item["event"].strip().upper())
+    text = one_line(item["text"])[:LONGEST_TEXT].strip() if isinstance(item.get("text"), str) else ""
+    if event not in EVENTS or (event in ("ADD", "UPDATE") and not text):
+        return None
+    if event in ("ADD", "NOOP"):
+        return Edit(event, None, text if event == "ADD" else "")
+    memory = named_memory(item, shown)
+    return memory and Edit(event, memory.id, text if event == "UPDATE" else "")
+
+
+def parse(completion: str, case: Case) -> list[Edit] | None:
+    """
+    A completion as edits, in order; None if any of it cannot be carried out. NOOPs are kept, they are counted.
+    '[{"event": "DELETE", "id": 1}]' -> [Edit("DELETE", id of the first memory shown)]
+    """
+    found = first_json(completion)
+    if isinstance(found, dict):
+        found = found["memory"] if isinstance(found.get("memory"), list) else [found]
+    if not isinstance(found, list) or len(found) > MOST_OPERATIONS:
+        return None
+    edits = [parse_edit(item, case.shown()) for item in found]
+    changed = [edit.id for edit in edits if edit and edit.id is not None]
+    if None in edits or len(changed) != len(set(changed)):
+        return None  # two edits of one entry contradict each other
+    return edits or [Edit("NOOP")]
+
+
+def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> None:
+    """Carries edits out on a bank (or a fork of it)."""
+    for edit in edits:
+        if edit.event == "ADD":
+            bank.add(edit.text, speaker, time)
+        elif edit.event == "UPDATE":
+            bank.update(edit.id, edit.text, time)
+        elif edit.event == "DELETE":
+            bank.delete(edit.id)
+
+
+# ------------------------------------------------------------------------------------------------ facts and cases
+
+def parse_facts(completion: str) -> list[str]:
+    """The strings of the first JSON list: '["Jon moved."]' -> ["Jon moved."]. Anything else: no facts."""
+    found = first_json(completion)
+    found = found.get("facts") if isinstance(found, dict) else found
+    texts = [one_line(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) else []
+    return [text for text in texts if text][:MOST_OPERATIONS]
+
+
+def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int = 256) -> list[tuple[str, ...]]:
+    """
+    What each turn says, as facts. `extract`: the base model lists them (LoRA off, greedy, all turns in one call);
+    otherwise the turn's own words are its one fact, which suits turns of one plain statement.
+    """
+    if not extract:
+        return [(turn.text,) for turn in turns]
+    prompts = [policy.encode(chat(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text))) for turn in turns]
+    with policy.using(None):
+        groups = policy.sample(prompts, 1, max_new_tokens, temperature=0)
+    return [tuple(parse_facts(group[0].text)) for group in groups]
+
+
+def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
+    """The facts of a turn beside the `top_k` most related memories of its speaker (Alg. 3: TopK(f_i, M))."""
+    scores: dict[Memory, float] = {}
+    for fact in facts:
+        for memory, score in bank.search_scored(fact, top_k, speaker=turn.speaker):
+            scores[memory] = max(score, scores.get(memory, score))
+    ranked = sorted(scores, key=lambda memory: (-scores[memory], memory.id))[:top_k]
+    return Case(turn.speaker, turn.time, tuple(facts), tuple(ranked))
+
+
+# ------------------------------------------------------------------------------------------------ building banks
+
+@dataclass
+class Built:
+    """A bank, and how it came about."""
+    bank: MemoryBank
+    history: list[tuple[Memory, ...]] = field(default_factory=list)  # the memories before each turn
+    ops: Counter = field(default_factory=Counter)  # by event, and "invalid"
+    agreed: int = 0  # turns whose edit was the known one, to the letter
+    judged: int = 0  # turns whose right edit is known
+    dropped: int = 0  # memories left out of prompts for want of room
+
+
+def known_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
+    """The known operation of a synthetic turn on this bank; NOOP where the bank lacks the entry it names."""
+    operation = turn.operation
+    assert operation, f"turn {turn.id} has no known operation: only synthetic data has them"
+    if operation.event in ("ADD", "NOOP"):
+        return [Edit(operation.event, None, operation.text)]
+    named = [memory.id for memory in bank if memory.speaker == turn.speaker and memory.text == operation.old_memory]
+    return [Edit(operation.event, named[0], operation.text)] if named else [Edit("NOOP")]
+
+
+def added_edits(turn: Turn, facts: Sequence[str]) -> list[Edit]:
+    """Everything is stored: a synthetic turn's fact in the words of the known bank, else the facts as they are."""
+    return [Edit("ADD", None, fact[:LONGEST_TEXT]) for fact in ([turn.fact] if turn.fact else facts)]
+
+
+def same_edit(edits: Sequence[Edit], bank: MemoryBank, operation: Operation) -> bool:
+    """Whether the edits, on the bank before them, are the known operation: event, entry and text."""
+    if len(edits) != 1 or edits[0].event != operation.event:
+        return False
+    edit = edits[0]
+    old = bank.get(edit.id).text if edit.id is not None else ""
+    return (old, edit.text) == (operation.old_memory, operation.text)
+
+
+def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "model", adapter: str | None = None,
+                top_k: int = 4, extract: bool = True, max_prompt_tokens: int | None = None, max_new_tokens: int = 128,
+                keep_history: bool = False, progress: str = "") -> list[Built]:
+    """
+    Reads every dialogue from its first turn and keeps a bank for each, in lockstep: turn i of all dialogues is one
+    batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "known" operations, "add-all" or "noop".
+    """
+    built = [Built(MemoryBank(embedder)) for _ in dialogues]
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    needs_facts = how == "model" or (how == "add-all" and not all(turn.fact for turn in turns))
+    found = iter(facts_of(policy, turns, extract) if needs_facts else [()] * len(turns))
+    facts = [[next(found) for _ in dialogue.turns] for dialogue in dialogues]
+    longest = max((len(dialogue.turns) for dialogue in dialogues), default=0)
+    for i in tqdm(range(longest), desc=progress, disable=None if progress else True, leave=False):
+        live = [d for d, dialogue in enumerate(dialogues) if i < len(dialogue.turns)]
+        edits = {d: [Edit("NOOP")] for d in live}
+        if how == "known":
+            edits = {d: known_edits(built[d].bank, dialogues[d].turns[i]) for d in live}
+        elif how == "add-all":
+            edits = {d: added_edits(dialogues[d].turns[i], facts[d][i]) for d in live}
+        elif how == "model":
+            asked = [d for d in live if facts[d][i]]
+            cases = [case_of(built[d].bank, dialogues[d].turns[i], facts[d][i], top_k) for d in asked]
+            outputs = manage(policy, cases, adapter, max_prompt_tokens, max_new_tokens)
+            for d, (parsed, dropped) in zip(asked, outputs, strict=True):
+                built[d].ops["invalid"] += parsed is None
+                built[d].dropped += dropped
+                edits[d] = parsed or [Edit("NOOP")]
+        for d in live:
+            step_bank(built[d], dialogues[d].turns[i], edits[d], keep_history)
+    return built
+
+
+def manage(policy, cases: Sequence[Case], adapter: str | None, max_prompt_tokens: int | None, max_new_tokens: int):
+    """The Manager's greedy edits for a batch of cases: (edits, or None if invalid; memories dropped) for each."""
+    fitted = [fit_case(policy, case, max_prompt_tokens) for case in cases]
+    with policy.using(adapter):
+        groups = policy.sample([ids for ids, _, _ in fitted], 1, max_new_tokens, temperature=0) if fitted else []
+    return [(parse(group[0].text, case), dropped) for group, (_, case, dropped) in zip(groups, fitted, strict=True)]
+
+
+def fit_case(policy, case: Case, max_prompt_tokens: int | None) -> tuple[list[int], Case, int]:
+    """A case's prompt as token ids, the case as shown (fewer memories if there was no room), how many were dropped."""
+    def with_memories(memories):
+        return Case(case.speaker, case.time, case.facts, tuple(memories))
+
+    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(with_memories(memories)), case.memories,
+                                    max_prompt_tokens)
+    return ids, with_memories(kept), dropped
+
+
+def step_bank(built: Built, turn: Turn, edits: list[Edit], keep_history: bool) -> None:
+    if keep_history:
+        built.history.append(tuple(built.bank))
+    if turn.operation:
+        built.judged += 1
+        built.agreed += same_edit(edits, built.bank, turn.operation)
+    built.ops.update(edit.event for edit in edits)
+    apply(built.bank, edits, turn.speaker, turn.time)

@@ -1,0 +1,452 @@
+"""
+A Hugging Face causal language model as a policy: LoRA adapters, sampling, log-probs of what was sampled.
+
+    policy = Policy.load("Qwen/Qwen2.5-0.5B-Instruct")
+    policy.add_adapter("manager", rank=16, alpha=32)
+    with policy.using("manager"):  # using(None) is the base model: our reference policy
+        groups = policy.sample([policy.encode(messages)], n=8)  # one list of 8 Completions
+        scores = policy.score(prompts, completions)  # log-probs with gradient, entropies, mask
+
+One set of weights plays every role. A role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every linear layer
+but the head:  h = W x + (alpha / r) B A x,  W frozen, B = 0 at the start, so that a new one changes nothing.
+
+Prompts are long, completions short, and G of them share a prompt, so neither half computes a prompt twice:
+  - `sample` reads each distinct prompt once, repeats its key-value cache for the group, drops ended rows.
+  - `score` packs a group into one row, `[prompt | c_1 | ... | c_G | padding]`. That is exact: attention looks
+    only backwards, so what follows a prompt does not change its states; a mask lets c_g see the prompt and
+    itself, no sibling; and its positions restart at the prompt's length, where it would stand alone.
+
+Shapes: P prompts, G completions each, N = P*G rows in prompt-major order, C tokens in the longest completion,
+T completion tokens in all (padding left out), R packed rows of L tokens, H hidden size, V vocabulary, r rank.
+`mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no.
+
+There is no top-p or top-k: training needs the log-prob under the distribution that was sampled from. That is
+softmax(logits / temperature), in `sample` and `score` alike.
+"""
+import json
+import logging
+import math
+import os
+import re
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+
+from data import UsageError
+
+# Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
+# silently wrong with a sliding window, linear attention, or positions read off the mask (ALiBi).
+PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
+# Fields of PEFT's adapter_config.json that change what an adapter computes, which LoRALinear does not do.
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
+               "alpha_pattern", "layer_replication", "modules_to_save", "trainable_token_indices")
+
+
+class LoRALinear(nn.Module):
+    """h = W x + (alpha / r) B A x: one frozen W (out, in), and a pair A (r, in), B (out, r) for each adapter."""
+
+    def __init__(self, base, role):
+        super().__init__()
+        self.base, self.role = base, role  # all layers share `role`, whose name is the active adapter
+        self.adapters = {}  # name -> (A, B, alpha / r)
+
+    def put(self, name, A, B, scale):
+        # float32 even on a bfloat16 base, whose 8 bits would swallow most steps of an optimizer
+        A, B = (nn.Parameter(x.float().to(self.base.weight.device)) for x in (A, B))
+        self.adapters[name] = A, B, scale
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.role.name not in self.adapters:  # LoRA off, or an adapter that leaves this layer alone
+            return y
+        A, B, scale = self.adapters[self.role.name]
+        update = F.linear(F.linear(x.to(A.dtype), A), B)
+        return torch.add(y, update, alpha=scale).to(y.dtype)  # summed in float32, as PEFT does
+
+
+@dataclass(frozen=True)
+class Completion:
+    ids: list[int]  # with the EOS if one was sampled
+    logps: list[float]  # log pi(token) at the sampling temperature; at temperature 1 if decoding was greedy
+    finished: bool  # False: cut off at max_new_tokens
+    text: str  # without the EOS
+
+
+class Layout(NamedTuple):
+    """Rows for one forward pass, and where in them each completion token is predicted."""
+    ids: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (R, L)
+    attention: torch.Tensor  # (R, 1, L, L) True = may attend, or (R, L) True = no padding
+    where: torch.Tensor  # (T,) index into the flattened (R*L) states
+    targets: torch.Tensor  # (T,) the completion tokens, row after row
+    mask: torch.Tensor  # (N, C)
+
+
+class Scores(NamedTuple):
+    logp: torch.Tensor  # (N, C) float32, 0 where masked
+    entropy: torch.Tensor  # (N, C) float32, without gradient
+    mask: torch.Tensor  # (N, C) bool
+
+
+def pad_right(rows, fill=0, dtype=None):
+    """Lists as one tensor: [[7, 8], [9]] -> [[7, 8], [9, fill]]"""
+    width = max(map(len, rows), default=0)
+    padded = [list(row) + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=dtype).view(len(rows), width)
+
+
+def spread(values, mask):
+    """The T tokens' values in their places: [1., 2., 3.] and [[1, 1], [1, 0]] -> [[1., 2.], [3., 0.]]"""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def pack(prompts, completions, device="cpu"):
+    """
+    A group as one row. Prompt [5, 6] and completions [[7, 8], [9]] become
+        ids       5 6 7 8 9    where    1 2 1    7 and 9 are both predicted by the prompt's last token, 8 by 7
+        positions 0 1 2 3 2    targets  7 8 9
+        segments  0 0 1 1 2    mask     [[1, 1], [1, 0]]
+    """
+    ids, positions, segments, where = [], [], [], []
+    for r, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        assert prompt, "an empty prompt: nothing predicts the first token"
+        P = len(prompt)
+        ids.append(list(prompt)), positions.append(list(range(P))), segments.append([0] * P)
+        for g, completion in enumerate(group, 1):
+            begin, n = len(ids[r]), len(completion)
+            where += [(r, i) for i in [P - 1, *range(begin, begin + n - 1)][:n]]
+            ids[r] += completion
+            positions[r] += range(P, P + n)
+            segments[r] += [g] * n
+    rows, segments = pad_right(ids).to(device), pad_right(segments, fill=-1).to(device)
+    L, flat = rows.shape[1], [completion for group in completions for completion in group]
+    same = segments[:, None, :] == segments[:, :, None]  # (R, query, key)
+    prefix = segments[:, None, :] == 0  # which padding may look at too: a row of only False can give NaN
+    attention = (same | prefix) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    where, targets = [r * L + i for r, i in where], [token for completion in flat for token in completion]
+    where, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets))
+    mask = pad_right([[True] * len(completion) for completion in flat], False, torch.bool).to(device)
+    return Layout(rows, pad_right(positions).to(device), attention[:, None], where, targets, mask)
+
+
+def pad(prompts, completions, device="cpu"):
+    """The plain layout, a row `[prompt | completion | padding]` each: right for every model, and slower."""
+    pairs = [(prompt, c) for prompt, group in zip(prompts, completions, strict=True) for c in group]
+    layout = pack([prompt for prompt, _ in pairs], [[c] for _, c in pairs], device)
+    real = pad_right([[True] * (len(prompt) + len(c)) for prompt, c in pairs], False, torch.bool)
+    return layout._replace(attention=real.to(device))
+
+
+def token_scores(hidden, head, targets, temperature, chunk=2**22):
+    """
+    log pi(target) and entropy of pi = softmax(head(hidden) / temperature). (T, H), (T,) -> (T,), (T,)
+    T x V logits would not fit for V = 150,000: only `chunk` of them exist at a time. The head W (V, H) is
+    frozen, so they need no backward pass: all it would give, the hidden state's slope, is known on the spot,
+        d log pi(y) / d h = (W_y - sum_v pi(v) W_v) / temperature
+    """
+    logps, entropies, size = [], [], max(1, chunk // head.out_features)
+    for h, y in zip(hidden.split(size), targets[:, None].split(size), strict=True):
+        with torch.no_grad():
+            logpi = (head(h).float() / temperature).log_softmax(-1)  # (t, V)
+            logp, pi = logpi.gather(1, y).squeeze(1), logpi.exp()
+            entropies.append(-(pi * logpi).sum(-1))
+            if hidden.requires_grad:
+                slope = pi.neg_().scatter_add_(1, y, torch.ones_like(pi[:, :1]))  # [v = y] - pi(v)
+                slope = slope.to(h.dtype) @ head.weight / temperature  # (t, H)
+        if hidden.requires_grad:
+            logp = logp + ((h - h.detach()) * slope).sum(-1)  # adds 0, and the gradient
+        logps.append(logp)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def draw(logits, temperature, generator=None):
+    """One token a row and its log-prob, (N, V) -> (N,), (N,). Temperature 0 takes the likeliest token."""
+    logp = (logits.float() / (temperature or 1)).log_softmax(-1)
+    if temperature == 0:
+        token = logp.argmax(-1, keepdim=True)
+    else:  # where a uniform number falls in the cumulative distribution: on a CPU 8x faster than multinomial
+        cdf = logp.exp().cumsum(-1)
+        u = 1 - torch.rand(len(cdf), 1, device=cdf.device, generator=generator)  # in (0, 1]
+        token = torch.searchsorted(cdf, u * cdf[:, -1:]).clamp(max=cdf.shape[1] - 1)  # beyond it only if NaN
+    return token.squeeze(1), logp.gather(1, token).squeeze(1)
+
+
+class Policy:
+    def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=2**16):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.device, self.head = model.device, model.get_output_embeddings()
+        self.max_batch_tokens = max_batch_tokens  # of one batch of `sample`: rows times (prompt + new tokens)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.eos = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
+        self.packs = self._can_pack()
+        self.role = SimpleNamespace(name=None)  # the active adapter; every LoRALinear reads it here
+        self.adapters = {}  # name -> the fields of its PEFT config that matter
+        self.layers = {path: LoRALinear(linear, self.role) for path, linear in model.named_modules()
+                       if isinstance(linear, nn.Linear) and linear is not self.head}
+        for path, layer in self.layers.items():
+            model.set_submodule(path, layer)
+        if gradient_checkpointing:
+            self._checkpoint_layers()
+
+    @classmethod
+    def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, max_batch_tokens=2**16):
+        """A policy from a hub id or a folder. If not told otherwise bfloat16 on a GPU, float32 on a CPU."""
+        name, device = str(name), str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UsageError("dtype: no number format to run a model in; use float32, bfloat16 or float16")
+        if name.startswith((".", "/", "~")) or Path(name).is_dir():
+            name = str(Path(name).expanduser())
+            if not Path(name, "config.json").is_file():  # an adapter's folder, for one
+                raise UsageError(f"model {name}: no config.json there; give a hub id or the folder of a model")
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            # What tokenizer.json says. AutoTokenizer gives every Qwen2 model Qwen's own pre-tokenizer instead.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True)
+            model.to(device)
+        except (OSError, ValueError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"model {name} on {device}: cannot be loaded ({reason}); give a hub id, or a folder "
+                             "with config.json, safetensors weights and tokenizer.json") from None
+        if found["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise UsageError(f"model {name}: no weights for {sorted(found['missing_keys'])[0]}; save it again")
+        if not tokenizer.chat_template:
+            raise UsageError(f"model {name}: its tokenizer has no chat template; choose an instruct model")
+        return cls(model, tokenizer, name, gradient_checkpointing, max_batch_tokens)
+
+    def _can_pack(self):
+        """Whether a 4-D mask says all there is to say about the attention. If not, says so once."""
+        config, ids = self.model.config, torch.arange(4, device=self.device)[None]
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        is_full = set(kinds) == {"full_attention"} if kinds else window is None
+        if config.model_type in PACKABLE and is_full and config._attn_implementation == "sdpa":
+            return True
+        with torch.no_grad():  # some families scale or cap the head's logits, which `score` would not
+            logits, plain = self.model(ids).logits, self.head(self.model.base_model(ids).last_hidden_state)
+        if not torch.allclose(logits, plain, rtol=0.01, atol=0.01):
+            raise UsageError(f"model {self.name}: {config.model_type} changes its logits after the head, which "
+                             f"is not supported; choose one of {', '.join(PACKABLE)}")
+        logging.warning("model %s: scored unpacked, which is slower; its attention is not plain", self.name)
+        return False
+
+    def _checkpoint_layers(self):
+        """Keeps only each layer's input for the backward pass, which computes the rest again."""
+        def same_role():  # the backward pass may run after `using` has ended, and needs the forward's adapter
+            return nullcontext(), self.using(self.role.name)
+
+        def checkpointed(forward):
+            def run(*args, **kwargs):
+                if not torch.is_grad_enabled():  # also sampling, whose cache a checkpoint would write twice
+                    return forward(*args, **kwargs)
+                return checkpoint(forward, *args, use_reentrant=False, context_fn=same_role, **kwargs)
+            return run
+
+        for layer in self.model.base_model.layers:
+            layer.forward = checkpointed(layer.forward)
+
+    @contextmanager
+    def using(self, name: str | None):
+        """Inside the `with` this adapter is active; None: LoRA off, bit for bit the base model."""
+        assert name is None or name in self.adapters, f"no adapter {name!r}, only {sorted(self.adapters)}"
+        before, self.role.name = self.role.name, name
+        try:
+            yield self
+        finally:
+            self.role.name = before
+
+    def add_adapter(self, name: str, rank: int = 16, alpha: float = 32):
+        """A new adapter that changes nothing yet: A uniform in +-1/sqrt(in), as in PEFT, and B = 0."""
+        assert name not in self.adapters, f"adapter {name} exists already"
+        for layer in self.layers.values():
+            out_features, in_features = layer.base.weight.shape
+            A = torch.empty(rank, in_features).uniform_(-1, 1) / math.sqrt(in_features)
+            layer.put(name, A, torch.zeros(out_features, rank), alpha / rank)
+        self.adapters[name] = {"r": rank, "lora_alpha": alpha, "use_rslora": False}
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The trainable tensors of one adapter, always in the same order."""
+        return [x for layer in self.layers.values() for x in layer.adapters.get(name, ())[:2]]
+
+    def save_adapter(self, name: str, folder):
+        """Writes PEFT's format. Each file is replaced whole: a kill leaves the old one or the new one."""
+        folder, layers = Path(folder), {path: x for path, x in self.layers.items() if name in x.adapters}
+        weights = {key: x.detach().cpu() for path, layer in layers.items()
+                   for key, x in zip(peft_keys(path), layer.adapters[name][:2], strict=True)}
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.name,
+                  **self.adapters[name], "target_modules": sorted({path.split(".")[-1] for path in layers}),
+                  "lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "inference_mode": True}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+        (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            os.replace(folder / f"{file}.tmp", folder / file)
+
+    def load_adapter(self, name: str, folder):
+        """Reads PEFT's format, written by us or by PEFT, as adapter `name`; one of that name is replaced."""
+        config, weights = read_adapter(folder)
+        rank, trained_on, pairs = config["r"], config.get("base_model_name_or_path"), {}
+        if trained_on and self.name and not same_model(trained_on, self.name):
+            raise UsageError(f"adapter {folder}: was trained on {trained_on}, not on {self.name}; load that one, "
+                             "or correct base_model_name_or_path in adapter_config.json if it is the same")
+        for path, layer in self.layers.items():
+            pair = [weights.pop(key) for key in peft_keys(path) if key in weights]
+            shapes, (out_features, in_features) = [tuple(x.shape) for x in pair], layer.base.weight.shape
+            if pair and shapes != [(rank, in_features), (out_features, rank)]:
+                raise UsageError(f"adapter {folder}: {path} has A, B of {shapes}, where rank {rank} on {self.name} "
+                                 f"needs {[(rank, in_features), (out_features, rank)]}; load its own base model")
+            if pair:
+                pairs[path] = pair
+        if weights or not pairs:
+            raise UsageError(f"adapter {folder}: {next(iter(weights), 'nothing')} has no place in {self.name}, "
+                             "where LoRA is on all linear layers but the head; load its own base model")
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        for path, layer in self.layers.items():
+            layer.adapters.pop(name, None)
+            if path in pairs:
+                layer.put(name, *pairs[path], scale)
+        self.adapters[name] = {key: config.get(key, False) for key in ("r", "lora_alpha", "use_rslora")}
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        """Chat messages as token ids, up to where the assistant's reply begins."""
+        return self.tokenizer.apply_chat_template(  # enable_thinking: read by Qwen3's template, by others ignored
+            messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64, temperature: float = 1.0,
+               generator: torch.Generator | None = None) -> list[list[Completion]]:
+        """
+        n completions of each prompt, in the order of the prompts. Temperature 0 is greedy: a distinct prompt is
+        decoded once, its completion shared. Runs in batches of similar length, within `max_batch_tokens`.
+        """
+        assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
+        rows = [tuple(prompt) for prompt in prompts for _ in range(n)]
+        places = range(len(rows))
+        if temperature == 0:
+            places = list({row: i for i, row in enumerate(rows)}.values())
+        order = sorted(places, key=lambda i: (len(rows[i]), rows[i]), reverse=True)  # equal prompts side by side
+        done = {}
+        while order:
+            size = max(1, self.max_batch_tokens // (len(rows[order[0]]) + max_new_tokens))
+            batch, order = order[:size], order[size:]
+            generated = self._generate([rows[i] for i in batch], max_new_tokens, temperature, generator)
+            done.update(zip((rows[i] if temperature == 0 else i for i in batch), generated, strict=True))
+        found = [done[row if temperature == 0 else i] for i, row in enumerate(rows)]
+        return [found[i:i + n] for i in range(0, len(found), n)]
+
+    def _generate(self, rows, max_new_tokens, temperature, generator):
+        """One batch. Each distinct prompt goes through the model once; a row leaves as soon as it has ended."""
+        distinct = list(dict.fromkeys(rows))
+        number, P = {prompt: i for i, prompt in enumerate(distinct)}, max(map(len, distinct))
+        # Padded on the left, so that the next token's column is the same in every row.
+        ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in distinct], device=self.device)
+        begin = torch.tensor([[P - len(p)] for p in distinct], device=self.device)
+        columns = torch.arange(P + max_new_tokens, device=self.device)
+        visible, positions = columns >= begin, (columns[:P] - begin).clamp(min=0)
+        is_ragged = len(set(map(len, distinct))) > 1  # else there is no padding, and attention needs no mask
+        alive = torch.arange(len(rows), device=self.device)  # the rows still being written
+        tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=self.device)
+        logps, lengths = tokens.float(), torch.zeros_like(alive)
+        cache = DynamicCache(config=self.model.config)
+        for t in range(max_new_tokens):
+            logits = self.model(input_ids=ids, attention_mask=visible[:, :P + t] if is_ragged else None,
+                                position_ids=positions, past_key_values=cache, use_cache=True,
+                                logits_to_keep=1).logits[:, -1]
+            if t == 0:  # from here on one row a completion
+                copies = torch.tensor([number[p] for p in rows], device=self.device)
+                logits, visible, positions = logits[copies], visible[copies], positions[copies]
+                cache.reorder_cache(copies)  # selects rows in every layer: repeats them here, drops them below
+            token, logp = draw(logits, temperature, generator)
+            tokens[alive, t], logps[alive, t], lengths[alive] = token, logp, t + 1
+            keep = (~torch.isin(token, self.eos)).nonzero().squeeze(1)
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                alive, token, visible, positions = alive[keep], token[keep], visible[keep], positions[keep]
+                cache.reorder_cache(keep)
+            ids, positions = token[:, None], positions[:, -1:] + 1
+        return self._completions(tokens, logps, lengths)
+
+    def _completions(self, tokens, logps, lengths):
+        """The buffers of a batch as records; they leave the device once, not token by token."""
+        if logps.isnan().any():
+            raise FloatingPointError("NaN in the logits while sampling: weights or adapter have diverged")
+        finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), self.eos)
+        rows = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
+        return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in rows]
+
+    def layout(self, prompts, completions, padded=False) -> Layout:
+        """Groups as rows: packed where this model allows it, else (or if `padded`) a row for each completion."""
+        return (pack if self.packs and not padded else pad)(prompts, completions, self.device)
+
+    def hidden(self, layout: Layout) -> torch.Tensor:
+        """The last states, each predicting a completion token, (T, H). `spread` puts their values in place."""
+        states = self.model.base_model(input_ids=layout.ids, attention_mask=layout.attention,
+                                       position_ids=layout.positions, use_cache=False).last_hidden_state
+        return states.flatten(0, 1).index_select(0, layout.where)
+
+    def score(self, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float = 1.0,
+              padded: bool = False) -> Scores:
+        """Log-prob of every token of completions[p][g] after prompts[p], and the policy's entropy there."""
+        layout = self.layout(prompts, completions, padded)
+        logp, entropy = token_scores(self.hidden(layout), self.head, layout.targets, temperature)
+        return Scores(spread(logp, layout.mask), spread(entropy, layout.mask), layout.mask)
+
+    def micro_batches(self, prompts, completions, max_tokens: int) -> list[list[int]]:
+        """Indices of groups for calls of `score` of at most max_tokens, padding counted, or else of one group."""
+        rows = [1 if self.packs else len(group) for group in completions]
+        lengths = [len(prompt) + (sum if self.packs else max)(map(len, group))
+                   for prompt, group in zip(prompts, completions, strict=True)]
+        batches = []
+        for i in sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True):
+            if batches and sum(rows[j] for j in [*batches[-1], i]) * lengths[batches[-1][0]] <= max_tokens:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+
+def peft_keys(path):
+    return [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"]
+
+
+def read_adapter(folder):
+    """The config and the tensors of an adapter's folder, or a UsageError that says why not."""
+    files = [Path(folder, file) for file in ("adapter_config.json", "adapter_model.safetensors")]
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"adapter {folder}: no {file.name}; give a folder that save_adapter or PEFT wrote")
+    try:
+        config, weights = json.loads(files[0].read_text()), load_file(files[1])
+        plain = {"peft_type": "LORA", "bias": "none", **dict.fromkeys(UNSUPPORTED)}
+        odd = [f"{key} {config.get(key)}" for key, value in plain.items() if (config.get(key) or None) != value]
+        odd += [f"{key} {config[key]}" for key in ("r", "lora_alpha") if not config[key] > 0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"adapter {folder}: cannot be read ({reason}); save it again") from None
+    if odd:
+        raise UsageError(f"adapter {folder}: {odd[0]} is not supported; train plain LoRA without bias")
+    return config, weights
+
+
+def same_model(a, b):
+    """A hub id or a folder by any path, or a copy of it under the same last name."""
+    return Path(a).resolve() == Path(b).resolve() or Path(a).name.lower() == Path(b).name.lower()

@@ -1,0 +1,455 @@
+"""
+A run's folder: its settings, what it measured, what it wrote, and the checkpoints to resume from.
+Knows of no algorithm: a training loop hands it numbers, rows and tensors.
+
+    run = Run("runs/answer-grpo", config, resume=config["resume"])
+    step, tensors, state = run.load() or (0, {}, {})
+    run.log({"step": 1, "reward": 0.7})        # a line of metrics.jsonl
+    run.samples([{"step": 1, "prompt": ...}])  # lines of samples.jsonl
+    run.save(1, tensors, state)                # checkpoint/step-00001, after all that belongs to step 1
+    plot(run.folder)                           # curve.png
+
+A kill at any moment costs what came after the last `save`: on resume the lines of later steps are dropped,
+so a run that was killed and resumed leaves the same numbers as one that was not.
+"""
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from tqdm import tqdm
+
+from data import TINY, UsageError
+
+COLUMNS = {  # of a line on the terminal
+    "eval": "{:9}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}", "kl": "kl {:.3f}",
+    "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
+    "explained_variance": "explained {:5.2f}", "completion_tokens": "tokens {:3.0f}",
+    "invalid_rate": "invalid {:.2f}", "n": "n {:4.0f}", "em": "em {:.2f}", "f1": "f1 {:.2f}",
+    "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
+}
+# Okabe and Ito's colours, told apart by the colour-blind, and in print by how dark they are
+BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
+EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
+ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
+
+
+# What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks.
+DEFAULTS = {"top_k": (4, 10), "memories": (4, 60), "max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512),
+            "max_answer_tokens": (48, 256), "extract": (False, True), "named_only": (True, False), "eval": (32, 1)}
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
+    """The flags that both training scripts have. None as a default: `fill_defaults` knows."""
+    parser.set_defaults(agent=agent)
+    add = parser.add_argument_group("the run").add_argument
+    add("--algo", choices=("grpo", "ppo"), default="grpo", help="the algorithm (grpo)")
+    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
+    add("--data", default="synthetic", help="synthetic, locomo, or a file in LoCoMo's format (synthetic)")
+    add("--out", metavar="DIR", help="the run's folder (runs/AGENT-ALGO)")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (bfloat16 on a GPU, else float32)")
+    add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (32; real data 1)")
+    add = parser.add_argument_group("reinforcement").add_argument
+    add("--steps", type=int, default=60, help="batches of rollouts (60)")
+    add("--batch-size", type=int, default=16, help="prompts a step (16)")
+    add("--group-size", type=int, default=8, help="completions of each prompt (8)")
+    add("--reward", choices=("em", "f1"), default="em", help="how an answer is scored; em is the paper's (em)")
+    add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
+    add("--minibatch", type=int, default=0, help="prompts per optimizer step, 0 for all (0)")
+    add("--lr", type=float, help="peak learning rate (2e-3 for the tiny model, 2e-5 for others)")
+    add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
+    add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
+    add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
+    add("--temperature", type=float, default=1.0, help="of sampling in training; evaluation is greedy (1.0)")
+    add("--grad-clip", type=float, default=1.0, help="largest norm of a gradient (1.0)")
+    add("--checkpoint-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints (10)")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--rank", type=int, default=16, help="of LoRA (16)")
+    add("--alpha", type=float, default=32.0, help="of LoRA; updates are scaled by alpha / rank (32)")
+    add("--max-prompt-tokens", type=int, help="longer prompts lose their least similar memories (1024; real data 4096)")
+    add("--max-new-tokens", type=int, help="of a trained agent's output (80; real data 512)")
+    add("--max-answer-tokens", type=int, help="of an answer that only serves the reward (48; real data 256)")
+    add("--micro-batch-tokens", type=int, default=16384, help="of one forward and backward pass (16384)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
+    add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
+    add("--memories", type=int, help="memories an answer may draw on, half for each speaker (4; real data 60)")
+    add("--named-only", action=argparse.BooleanOptionalAction, default=None,
+        help="search only the memories of the speaker a question names (synthetic: yes, real data: no)")
+    add("--floor", type=float, help="show no memory less similar to the question than this, 0 to 1 (none)")
+    add("--extract", action=argparse.BooleanOptionalAction, default=None,
+        help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
+
+
+def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills what depends on other flags, and refuses numbers that make no sense."""
+    for name, values in DEFAULTS.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, values[args.data != "synthetic"])
+    if args.lr is None:
+        args.lr = 2e-3 if Path(args.model).resolve() == TINY.resolve() else 2e-5
+    args.out = args.out or f"runs/{args.agent}-{args.algo}"
+    least = {"steps": 1, "batch_size": 1, "group_size": 2, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0, "beta": 0,
+             "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
+             "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0, "window": 0,
+             "refresh": 1}
+    for name, least_value in least.items():
+        if getattr(args, name, least_value) < least_value:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least_value}")
+    if args.temperature <= 0:
+        raise UsageError(f"--temperature {args.temperature}: must be above 0, or all samples of a group are the same")
+    return args
+
+
+def exit_cleanly(main) -> None:
+    """Runs a script's `main`: what the user can mend is one line and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def seed_everything(seed: int):
+    """Seeds every generator that a library may draw from unasked; nothing else in the project does."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # CUDA's too
+
+
+def random_state(**generators) -> dict:
+    """All random states, fit for JSON: the libraries' own and each `Random` or `torch.Generator` given."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = {name: as_hex(generator.get_state()) if isinstance(generator, torch.Generator) else
+             generator.getstate() for name, generator in generators.items()}
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
+            "torch": as_hex(torch.get_rng_state()), "cuda": [as_hex(one) for one in cuda], "given": given}
+
+
+def restore_random_state(state: dict, **generators):
+    """The inverse of `random_state`, also of what JSON made of it."""
+    random.setstate(as_tuple(state["python"]))
+    np.random.set_state(as_tuple(state["numpy"]))
+    torch.set_rng_state(from_hex(state["torch"]))
+    for device, one in enumerate(state["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(from_hex(one), device)
+    for name, generator in generators.items():
+        if isinstance(generator, torch.Generator):
+            generator.set_state(from_hex(state["given"][name]))
+        else:
+            generator.setstate(as_tuple(state["given"][name]))
+
+
+def as_hex(tensor):
+    return bytes(tensor.tolist()).hex()
+
+
+def from_hex(text):
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def as_tuple(value):
+    """[3, [1, 2], None] -> (3, (1, 2), None): JSON gives lists where `setstate` wants tuples."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
+def optimizer_tensors(optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+    """A copy of an optimizer's state: {"optimizer.0.step": ..., "optimizer.0.exp_avg": ...}"""
+    return {f"{prefix}.{i}.{key}": value.detach().to("cpu", copy=True)
+            for i, moments in optimizer.state_dict()["state"].items() for key, value in moments.items()}
+
+
+def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"):
+    """The inverse of `optimizer_tensors`. The learning rate and the like stay those of `optimizer`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(re.escape(prefix) + r"\.(\d+)\.(\w+)", name)
+        if found is None:
+            continue
+        i = int(found[1])
+        if i >= len(parameters) or tensor.dim() and tensor.shape != parameters[i].shape:
+            raise UsageError(f"the checkpoint's {name} {tuple(tensor.shape)} fits no parameter here: "
+                             "resume with the model and the rank of the run's config.json")
+        moments.setdefault(i, {})[found[2]] = tensor.clone()
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextmanager
+def writing(folder):
+    """Full disks and missing rights, said in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"the run's folder {folder} cannot be written ({error.strerror or error}): "
+                         "mend that or choose another --out; what is written already stays") from None
+
+
+def write(path, content):
+    """Replaces a file as a whole, and has it on the disk before this returns."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(folder):
+    """Has the names in a folder on the disk, as a rename alone does not."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def append(path, rows):
+    lines = "".join(json.dumps(tidy(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    with writing(path.parent), open(path, "ab") as file:
+        file.write(lines.encode("utf-8", "replace"))
+
+
+def tidy(value):
+    """{"kl": nan, "reward": tensor(0.12345678)} -> {"kl": None, "reward": 0.123457, "not_finite": ["kl"]}"""
+    if isinstance(value, dict):
+        row = {key: tidy(one) for key, one in value.items()}
+        lost = [key for key, one in row.items() if one is None and value[key] is not None]
+        return {**row, "not_finite": lost} if lost else row
+    if isinstance(value, (list, tuple)):
+        return [tidy(one) for one in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return tidy(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The objects of a .jsonl file, without the line that a kill tore; [] if there is no file."""
+    rows = []
+    for line in Path(path).read_bytes().splitlines(keepends=True) if os.path.exists(path) else []:
+        try:
+            rows.append(json.loads(line) if line.endswith(b"\n") else None)
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def cut(path, last_step):
+    """Drops from a .jsonl file the lines of later steps and those that a kill tore."""
+    if path.exists():
+        rows = [row for row in read_rows(path) if row.get("step", 0) <= last_step]
+        write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def digest(step, state, blob):
+    """The checksum of a checkpoint: of the tensors' bytes, and of the rest as JSON has it."""
+    checksum = hashlib.sha256(blob)
+    checksum.update(json.dumps([step, state]).encode())
+    return checksum.hexdigest()
+
+
+@functools.cache
+def note(text):
+    """Says something once, above the progress bar rather than through it."""
+    tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+def tell_changes(path, settings):
+    """Says in what a resumed run differs from the one begun, for then its numbers do too."""
+    try:
+        old = json.loads(path.read_bytes())
+        changes = [f"{key} {old[key]} -> {value}" for key, value in settings.items()
+                   if key != "resume" and key in old and old[key] != value]
+    except (OSError, ValueError, TypeError):
+        return  # a first start, or a file that tells nothing
+    if changes:
+        note(f"{path.parent} is resumed with other settings: {', '.join(changes)}")
+
+
+class Run:
+    """The folder of one run: config.json, metrics.jsonl, samples.jsonl and checkpoint/."""
+
+    def __init__(self, folder: str | Path, config: dict, resume: bool = False, overwrite: bool = False):
+        self.folder, self.config = Path(folder), dict(config)
+        self.whole = None  # the newest checkpoint known to be whole; it stays until there is a newer one
+        libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+        settings = {**self.config, "versions": {"python": platform.python_version(), **libraries}}
+        settings = json.loads(json.dumps(settings, default=str))
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self.clear()
+            if any((self.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint")):
+                if not resume:
+                    raise UsageError(f"{self.folder} already holds a run: choose another --out, "
+                                     "continue it with --resume, or replace it with --overwrite")
+                self.rewind()
+                tell_changes(self.folder / "config.json", settings)
+            elif resume:
+                note(f"{self.folder} holds no run to resume: starting one")
+            write(self.folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+
+    def clear(self):
+        """Removes what an earlier run left here, and nothing else."""
+        for name in ("checkpoint", "adapter"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "curve.png"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def rewind(self):
+        """Takes the logs back to the newest checkpoint, or to their beginning where there is none."""
+        found = self.load()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut(self.folder / name, last_step=found[0] if found else -1)
+
+    def log(self, metrics: dict):
+        """Appends a line to metrics.jsonl: six digits; nan and inf as null, their keys in `not_finite`."""
+        append(self.folder / "metrics.jsonl", [metrics])
+
+    def samples(self, rows: list[dict]):
+        """Appends rollouts as a person would read them. Each has its `step`, by which resuming drops it."""
+        append(self.folder / "samples.jsonl", rows)
+
+    def line(self, step: int, metrics: dict) -> str:
+        """One step on the terminal: `step  12/60  reward  0.71  zero-std 0.12  kl 0.013  ...    1.4 s`"""
+        steps = self.config.get("steps")
+        parts = [f"step {step:{max(3, len(str(steps)))}}/{steps}" if steps else f"step {step:5}"]
+        parts += [form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None]
+        return "  ".join(parts)
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict):
+        """
+        Writes checkpoint/step-00012 and keeps one older. Call it after all that was logged of the step.
+        Only the rename makes it a checkpoint: a kill before it leaves the older ones as they were.
+        """
+        root = self.folder / "checkpoint"
+        partial, target = root / "partial", root / f"step-{step:05}"
+        blob = safetensors.save({name: tensor.detach().to("cpu", copy=True).contiguous()
+                                 for name, tensor in tensors.items()})
+        content = {"step": step, "sha256": digest(step, state, blob), "state": state}
+        with writing(self.folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write(partial / "tensors.safetensors", blob)
+            write(partial / "state.json", json.dumps(content).encode())
+            num_saved = 0
+            while target.exists():  # a folder cannot be overwritten: the step's second save is step-00012-1
+                num_saved += 1
+                target = root / f"step-{step:05}-{num_saved}"
+            os.replace(partial, target)
+            sync(root)
+            for folder in self.checkpoints():
+                if folder not in (target, self.whole):
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.whole = target
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor], dict] | None:
+        """(step, tensors, state) of the newest whole checkpoint; None where none was written yet."""
+        damage = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                content = json.loads((folder / "state.json").read_bytes())
+                blob = (folder / "tensors.safetensors").read_bytes()
+                step, state = content["step"], content["state"]
+                if content["sha256"] != digest(step, state, blob):
+                    raise ValueError("its checksum is wrong")
+                tensors = safetensors.load(blob)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                damage.append(f"{folder} is damaged ({error})")
+                continue
+            for text in damage:
+                note(f"{text}: going back to {folder.name}")
+            self.whole = folder
+            return step, tensors, state
+        if damage:
+            raise UsageError(f"{damage[0]} and no other is whole: start anew with another --out")
+        return None
+
+    def checkpoints(self):
+        """The folders of checkpoints, oldest first."""
+        folders = [path for path in self.folder.glob("checkpoint/step-*") if path.name[5:6].isdecimal()]
+        return sorted(folders, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+
+
+def plot(folder: str | Path) -> Path | None:
+    """Draws metrics.jsonl into curve.png: reward, KL, and the Manager's operations and bank."""
+    try:
+        from matplotlib.figure import Figure  # an extra, and slow to load
+    except ImportError:
+        note("no curve.png without matplotlib: pip install matplotlib")
+        return None
+    rows = read_rows(Path(folder) / "metrics.jsonl")
+    held_out = [row for row in rows if row.get("eval") in ("untrained", "trained")]
+    rows = [row for row in rows if "eval" not in row]
+    labels = {"reward": "reward", "kl": "KL to reference\n(nats per token)", "ops": "operations\n(share)",
+              "bank_size": "bank size\n(memories)"}
+    panels = [key for key in labels if any(row.get(key) is not None for row in rows)]
+    if not panels:
+        return None
+    figure = Figure(figsize=(7, 0.6 + 2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, key in zip(axes, panels, strict=True):
+        draw_shares(ax, rows) if key == "ops" else draw_curve(ax, rows, key)
+        ax.set_ylabel(labels[key])
+        ax.spines[["top", "right"]].set_visible(False)
+    if held_out and panels[0] == "reward":
+        steps, em = column(held_out, "step"), column(held_out, "em")
+        axes[0].plot(steps, em, "kD", clip_on=False, label="held-out EM")
+    axes[0].legend(**ABOVE)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.align_ylabels(axes)
+    figure.savefig(Path(folder) / "curve.png", dpi=150)
+    return Path(folder) / "curve.png"
+
+
+def draw_curve(ax, rows, key):
+    """The values as measured, thin, and smoothed over a tenth of the run, thick."""
+    ax.plot(column(rows, "step"), column(rows, key), color=SKY, linewidth=0.8, label="each step")
+    ax.plot(column(rows, "step"), smooth(column(rows, key)), color=BLUE, linewidth=2, label="smoothed")
+    ax.margins(x=0.01)
+
+
+def draw_shares(ax, rows):
+    """How the operations divide, smoothed and stacked to 1."""
+    ops = [row.get("ops") or {} for row in rows]
+    counts = [smooth(column(ops, event, missing=0)) for event in EVENTS]
+    shares = np.stack(counts) / np.maximum(np.sum(counts, axis=0), 1e-9)
+    ax.stackplot(column(rows, "step"), shares, colors=EVENTS.values(), labels=EVENTS, edgecolor="white")
+    ax.set_ylim(0, 1)
+    ax.legend(**ABOVE)
+
+
+def column(rows, key, missing=math.nan):
+    return np.array([missing if row.get(key) is None else row[key] for row in rows], dtype=float)
+
+
+def smooth(values):
+    """The mean over a window around each step, of the values that are there."""
+    window, is_there = np.ones(max(1, len(values) // 10)), np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where none is
+        return (np.convolve(np.where(is_there, values, 0), window, "same")
+                / np.convolve(is_there, window, "same"))

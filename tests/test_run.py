@@ -1,0 +1,265 @@
+"""A run's folder: whole after a kill at any moment, and the same numbers after resuming."""
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import run as runs
+from data import UsageError
+from run import Run, optimizer_tensors, plot, read_rows, restore_optimizer
+
+CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
+
+
+class Killed(BaseException):
+    """Passes through every `except` and `finally` that a kill would not reach either."""
+
+
+def checkpoint(step):
+    return {"weight": torch.full((7, 3), float(step))}, {"prompts": [step, step + 1]}
+
+
+def save(run, step):
+    run.save(step, *checkpoint(step))
+
+
+def assert_loads(found, *steps):
+    step, tensors, state = found
+    assert step in steps
+    assert tensors["weight"].equal(checkpoint(step)[0]["weight"]) and state == checkpoint(step)[1]
+
+
+def test_config_and_an_existing_run(tmp_path):
+    run = Run(tmp_path / "new" / "run", CONFIG)
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config.items() >= CONFIG.items()
+    assert set(config["versions"]) == {"python", "torch", "transformers", "numpy"}
+    with pytest.raises(UsageError, match="already holds a run.*--out.*--resume.*remove"):
+        Run(run.folder, CONFIG)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file/x cannot be written .Not a directory"):
+        Run(tmp_path / "file" / "x", CONFIG)
+
+
+def test_resuming_tells_what_changed(tmp_path, capsys):
+    Run(tmp_path / "none", CONFIG, resume=True)
+    assert "holds no run to resume" in capsys.readouterr().err
+    Run(tmp_path / "none", {**CONFIG, "lr": 2e-5, "resume": True}, resume=True)
+    assert "other settings: lr 1e-05 -> 2e-05\n" in capsys.readouterr().err
+
+
+def test_log(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    third, lr = torch.tensor(1 / 3), np.float64(1e-5)
+    run.log({"step": 1, "reward": third, "kl": math.nan, "lr": lr, "ops": {"ADD": 2}})
+    run.samples([{"step": 1, "prompt": "é\n\ud800", "reward": {"em": 1.0, "judge": math.inf}}] * 2)
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "reward": 0.333333, "kl": None, "lr": 1e-5, "ops": {"ADD": 2}, "not_finite": ["kl"]}]
+    rows = read_rows(tmp_path / "samples.jsonl")
+    assert len(rows) == 2 and rows[0]["reward"] == {"em": 1.0, "judge": None, "not_finite": ["judge"]}
+
+
+def test_line(tmp_path):
+    metrics = {"reward": 0.7123, "zero_std_rate": 0.12, "kl": 0.0131, "completion_tokens": 21.2,
+               "seconds": 1.41, "invalid_rate": 0.03, "ops": {}, "entropy": math.nan, "value_loss": None}
+    assert Run(tmp_path, CONFIG).line(12, metrics) == (
+        "step  12/60  reward  0.71  zero-std 0.12  kl 0.013  entropy nan  tokens  21  invalid 0.03    1.4 s")
+
+
+def test_resuming_gives_the_files_of_a_run_that_was_not_killed(tmp_path):
+    def train(run, first, last):
+        for step in range(first, last):
+            run.log({"step": step, "reward": 1 / step})
+            run.samples([{"step": step, "text": f"é {step}"}] * 2)
+            if step % 3 == 0:
+                save(run, step)
+
+    train(Run(tmp_path / "a", CONFIG), 1, 10)
+    train(Run(tmp_path / "b", CONFIG), 1, 6)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(tmp_path / "b" / name, "ab") as file:
+            file.write(b'{"step": 2, "torn\xc3')
+    run = Run(tmp_path / "b", CONFIG, resume=True)
+    assert_loads(run.load(), 3)
+    train(run, 4, 10)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_without_a_checkpoint_resuming_starts_anew(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    run.log({"step": 0, "eval": "untrained"})
+    run = Run(tmp_path, CONFIG, resume=True)
+    assert run.load() is None and read_rows(tmp_path / "metrics.jsonl") == []
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    for step in (1, 2, 3, 3, 3):
+        save(run, step)
+        assert_loads(run.load(), step)
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 2
+
+
+def killed_at(n, function, calls):
+    """The function, which raises Killed as the n-th call of those that share the list `calls`."""
+    def wrapper(*args, **kwargs):
+        calls.append(function)
+        if len(calls) == n:
+            raise Killed
+        return function(*args, **kwargs)
+    return wrapper
+
+
+def test_killed_before_every_change_on_disk(tmp_path, monkeypatch):
+    n, calls = 0, []
+    while n == len(calls):  # so many calls as it takes to be killed, until one save takes fewer
+        n, calls = n + 1, []
+        shutil.rmtree(tmp_path)
+        run = Run(tmp_path, CONFIG)
+        save(run, 1)
+        save(run, 2)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("mkdir", "replace", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, killed_at(n, getattr(os, name), calls))
+            save(run, 3)
+        run = Run(tmp_path, CONFIG, resume=True)
+        assert_loads(run.load(), 2, 3)
+        save(run, 4)
+        assert_loads(run.load(), 4)
+    assert n > 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_sigkill_at_random_moments(tmp_path):
+    seen = set()
+    for trial in range(12):
+        child = os.fork()
+        if child == 0:
+            try:
+                run = Run(tmp_path, CONFIG, resume=True)
+                for step in range(run.load()[0] + 1 if run.load() else 1, 10**6):
+                    run.log({"step": step})
+                    save(run, step)
+            finally:
+                os._exit(1)
+        time.sleep(0.05 + random.Random(trial).random() / 10)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        found = Run(tmp_path, CONFIG, resume=True).load()
+        if found:
+            assert_loads(found, found[0])
+            steps = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
+            assert steps == list(range(1, found[0] + 1))
+            seen.add(found[0])
+    assert len(seen) > 1
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda folder: (folder / "tensors.safetensors").write_bytes(b""),
+    lambda folder: (folder / "state.json").write_text("[]"),
+    lambda folder: (folder / "state.json").unlink(),
+    lambda folder: flip(folder / "tensors.safetensors"),
+    lambda folder: flip(folder / "state.json"),
+])
+def test_a_damaged_checkpoint(tmp_path, capsys, harm):
+    run = Run(tmp_path, CONFIG)
+    for step in (3, 6):
+        run.log({"step": step})
+        save(run, step)
+    harm(tmp_path / "checkpoint" / "step-00006")
+    run = Run(tmp_path, CONFIG, resume=True)
+    assert_loads(run.load(), 3)
+    assert capsys.readouterr().err.count("step-00006 is damaged") == 1
+    save(run, 6)
+    assert_loads(run.load(), 6)
+    for folder in (tmp_path / "checkpoint").iterdir():
+        harm(folder)
+    with pytest.raises(UsageError, match="is damaged.*no other is whole"):
+        Run(tmp_path, CONFIG, resume=True)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1  # what was written stays
+
+
+def learner():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 4)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def update(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(8, 5)).square().mean().backward()
+    optimizer.step()
+
+
+def test_resumed_updates_are_bit_equal(tmp_path):
+    """Model, optimizer and random states went through a checkpoint: the next update is the same."""
+    model, optimizer = learner()
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    rng.gauss(0, 1), np.random.normal()  # each keeps the second of a pair for later
+    update(model, optimizer)
+    run = Run(tmp_path, CONFIG)
+    run.save(1, {**model.state_dict(), **optimizer_tensors(optimizer)},
+             {"random": runs.random_state(rng=rng, generator=generator)})
+    draws = []
+    for _ in range(2):
+        update(model, optimizer)
+        draws.append([model.weight.tolist(), rng.gauss(0, 1), rng.random(), random.random(),
+                      np.random.normal(), torch.rand(1).item(), torch.rand(1, generator=generator).item()])
+        model, optimizer = learner()
+        rng, generator = random.Random(), torch.Generator()
+        _, tensors, state = Run(tmp_path, CONFIG, resume=True).load()
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+        restore_optimizer(optimizer, tensors)
+        runs.restore_random_state(state["random"], rng=rng, generator=generator)
+    assert draws[0] == draws[1]
+
+
+def test_an_optimizer_of_another_shape(tmp_path):
+    model, optimizer = learner()
+    assert optimizer_tensors(optimizer) == {}
+    update(model, optimizer)
+    other = torch.optim.AdamW(torch.nn.Linear(5, 3).parameters())
+    with pytest.raises(UsageError, match=r"optimizer.0.exp_avg \(4, 5\) fits no parameter"):
+        restore_optimizer(other, optimizer_tensors(optimizer))
+    restore_optimizer(other, optimizer_tensors(optimizer, prefix="critic"))  # not its own: nothing to restore
+    assert not other.state
+
+
+def test_seed_everything():
+    def draw():
+        runs.seed_everything(7)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+    assert draw() == draw()
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = Run(tmp_path, CONFIG)
+    assert plot(tmp_path) is None  # nothing to draw
+    run.log({"step": 0, "eval": "untrained", "em": 0.1})
+    for step in range(1, 5):
+        run.log({"step": step, "reward": step / 5, "kl": math.nan, "ops": {"ADD": step}, "bank_size": 9})
+        assert plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    runs.note.cache_clear()
+    assert plot(tmp_path) is None and plot(tmp_path) is None
+    assert capsys.readouterr().err.count("pip install matplotlib") == 1

@@ -1,0 +1,256 @@
+"""
+Trains the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1) from one signal: are the questions that a
+turn is linked to answered rightly once the bank has been edited?
+
+    python train_manager.py --algo grpo                       # tiny model, synthetic talk, two CPU cores, minutes
+    python train_manager.py --algo grpo --seed 1 --out runs/seed-1
+    python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
+
+An episode is one turn: the bank as it was before the turn, the facts of the turn, the questions linked to it. Each of
+G sampled outputs is carried out on a fork of the bank, a frozen answerer reads the fork, and the mean score of its
+answers is the reward. All members of a group are asked the same questions.
+"""
+import argparse
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import answer
+import data
+import grpo
+import manager
+from data import Dialogue, Question, Turn, UsageError
+from memory import MemoryBank, make_embedder
+from policy import Policy
+from run import Run, add_shared_flags, exit_cleanly, fill_defaults, plot, seed_everything
+
+REWARDS = {"em": answer.exact_match, "f1": answer.f1}
+
+
+@dataclass(frozen=True)
+class Episode:
+    prompt: list[int]
+    case: manager.Case
+    bank: MemoryBank  # before the turn
+    turn: Turn
+    questions: tuple[Question, ...]
+    speakers: tuple[str, str]
+
+
+def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
+    """
+    {turn id: the questions its edit is judged by}. Where questions say when they are asked, those asked right after
+    the turn; else (LoCoMo) those whose evidence the turn is. Turns without any are left out.
+    """
+    is_timed = any(question.asked for question in dialogue.questions)
+    linked: dict[str, list[Question]] = {}
+    for question in dialogue.questions:
+        for turn in ([question.asked] if question.asked else [] if is_timed else question.evidence):
+            linked.setdefault(turn, []).append(question)
+    return {turn: tuple(questions) for turn, questions in linked.items()}
+
+
+def final_questions(dialogue: Dialogue) -> list[Question]:
+    return [question for question in dialogue.questions if question.asked is None]
+
+
+class ManagerTask:
+    """The Manager's episodes, rewards and held-out evaluation (see `grpo.Task`)."""
+
+    def __init__(self, policy: Policy, args: argparse.Namespace):
+        self.policy, self.args = policy, args
+        self.embedder = make_embedder(args.embedder, str(policy.device))
+        self.answer_adapter = "answer" if args.answer_adapter else None
+        self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
+        self.held_out = self.load_held_out("seen")
+        self.pool: list[Episode] = []
+        if self.fixed is not None and not any(linked_questions(dialogue) for dialogue in self.fixed):
+            raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
+
+    def load_held_out(self, phrasing: str) -> list[Dialogue]:
+        if self.args.data == "synthetic":
+            return data.load("synthetic", "test", count=self.args.eval, seed=1, phrasing=phrasing)
+        return data.load(self.args.data, "val")[:self.args.eval]
+
+    # -------------------------------------------------------------------------------------------- episodes
+
+    def batch(self, step: int) -> list[Episode]:
+        """`--batch-size` episodes. Every `--refresh` steps new ones are prepared, with banks of the current Manager."""
+        first = (step - 1) // self.args.refresh * self.args.refresh + 1
+        if step == first or not self.pool:
+            self.pool = self.prepare(first)
+        P = self.args.batch_size
+        return self.pool[(step - first) * P:(step - first + 1) * P]
+
+    def prepare(self, first: int) -> list[Episode]:
+        """The episodes of the steps `first`, ..., `first + refresh - 1`, in the order they are used."""
+        wanted = self.args.batch_size * self.args.refresh
+        rng = random.Random(f"{self.args.seed} {first}")
+        chosen: list[tuple[Dialogue, int]] = []
+        if self.fixed is None:  # some four turns of every conversation
+            dialogues = data.load("synthetic", "train", count=-(-wanted // 4), seed=self.args.seed * 100_000 + first)
+        else:
+            dialogues = self.fixed
+        places = [(dialogue, i) for dialogue in dialogues for i, turn in enumerate(dialogue.turns)
+                  if turn.id in linked_questions(dialogue)]
+        while len(chosen) < wanted:  # a small data set is gone through again
+            chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
+        banks = self.banks_before(chosen)
+        return [self.episode(dialogue, i, bank) for (dialogue, i), bank in zip(chosen, banks, strict=True)]
+
+    def banks_before(self, places: list[tuple[Dialogue, int]]) -> list[MemoryBank]:
+        """
+        The bank before turn i of each dialogue, built from the `--window` turns before it (Alg. 1's temporal memory
+        bank): by the Manager as it is (`--bank self`), the base model, or the known operations (`oracle`).
+        """
+        needed: dict[tuple[str, int], Dialogue] = {}  # (dialogue, first turn) -> the turns to read
+        for dialogue, i in places:
+            begin = max(0, i - self.args.window)
+            longest = needed.get((dialogue.id, begin))
+            if longest is None or len(longest.turns) < i - begin:
+                needed[dialogue.id, begin] = Dialogue(dialogue.id, dialogue.speakers, dialogue.turns[begin:i], ())
+        built = self.build(list(needed.values()), {"self": "manager", "base": None, "oracle": None}[self.args.bank],
+                           "known" if self.args.bank == "oracle" else "model", keep_history=True)
+        histories = {key: [*one.history, tuple(one.bank)] for key, one in zip(needed, built, strict=True)}
+        banks = []
+        for dialogue, i in places:
+            begin = max(0, i - self.args.window)
+            bank = MemoryBank(self.embedder)
+            for memory in histories[dialogue.id, begin][i - begin]:
+                bank.add(memory.text, memory.speaker, memory.time)
+            banks.append(bank)
+        return banks
+
+    def build(self, dialogues: Sequence[Dialogue], adapter: str | None, how: str = "model", **options):
+        args = self.args
+        return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
+                                   args.max_prompt_tokens, args.max_new_tokens, **options)
+
+    def episode(self, dialogue: Dialogue, i: int, bank: MemoryBank) -> Episode:
+        turn = dialogue.turns[i]
+        facts = manager.facts_of(self.policy, [turn], self.args.extract)[0] or (turn.text,)
+        case = manager.case_of(bank, turn, facts, self.args.top_k)
+        ids, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+        return Episode(ids, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers)
+
+    # -------------------------------------------------------------------------------------------- rewards
+
+    def rewards(self, episodes, groups):
+        """The score of the frozen answerer on each candidate's bank; 0 for an output that cannot be carried out."""
+        candidates, rewards = [], torch.zeros(len(episodes), len(groups[0]))
+        for i, (episode, group) in enumerate(zip(episodes, groups, strict=True)):
+            for g, completion in enumerate(group):
+                edits = manager.parse(completion.text, episode.case)
+                if edits is not None:
+                    candidates.append((i, g, edits))
+        answers, sizes = self.answers([(episodes[i], edits) for i, _, edits in candidates])
+        samples, score = [], REWARDS[self.args.reward]
+        for (i, g, _), given in zip(candidates, answers, strict=True):
+            scores = [score(text, question.answer) for text, question in zip(given, episodes[i].questions, strict=True)]
+            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) == 1)
+            if g == 0 and i < 4:
+                samples.append(self.readable(episodes[i], groups[i][g].text, rewards[i, g].item(), scores, given))
+        num_outputs = rewards.numel()
+        ops = Counter(edit.event for _, _, edits in candidates for edit in edits)
+        extra = {"invalid_rate": 1 - len(candidates) / num_outputs, "ops": {event: ops[event] for event in manager.EVENTS},
+                 "bank_size": sum(sizes) / max(1, len(sizes))}
+        return rewards, extra, samples
+
+    def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
+        """The frozen answerer's answers to all linked questions on every candidate's bank, and the banks' sizes."""
+        args, asked, sizes = self.args, [], []
+        for episode, edits in candidates:
+            fork = episode.bank.fork()
+            manager.apply(fork, edits, episode.turn.speaker, episode.turn.time)
+            sizes.append(len(fork))
+            asked.append([self.ask(fork, question, episode.speakers) for question in episode.questions])
+        flat = iter(answer.answer_all(self.policy, [one for some in asked for one in some], self.answer_adapter,
+                                      args.max_answer_tokens))
+        return [[next(flat).text for _ in some] for some in asked], sizes
+
+    def ask(self, bank: MemoryBank, question: Question, speakers) -> answer.Asked:
+        args = self.args
+        return answer.ask(self.policy, bank, question.text, speakers, max(1, args.memories // 2), True,
+                          args.named_only, args.floor, args.max_prompt_tokens)
+
+    def readable(self, episode: Episode, output: str, reward: float, scores, answers) -> dict:
+        return {"prompt": manager.case_text(episode.case.speaker, episode.case.time, episode.case.shown(),
+                                            episode.case.facts), "completion": output, "reward": reward,
+                "parts": [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: score}
+                          for question, text, score in zip(episode.questions, answers, scores, strict=True)]}
+
+    # -------------------------------------------------------------------------------------------- held out
+
+    def evaluate(self, when: str, step: int) -> list[dict]:
+        """Banks built from empty on held-out conversations, all questions asked at the end; baselines with "untrained"."""
+        if not self.held_out:
+            return []
+        adapter = "manager" if when == "trained" else None
+        results = [self.held_out_result(when, step, "model", adapter)]
+        if self.args.data == "synthetic":
+            unseen = self.held_out_result(when, step, "model", adapter, self.load_held_out("unseen"))
+            results[0]["em_unseen"] = unseen["em"]
+        if when == "untrained":
+            results += [self.held_out_result(name, step, how) for name, how in
+                        (("add-all", "add-all"), ("noop", "noop"), ("oracle", "known"))
+                        if how != "known" or self.args.data == "synthetic"]
+        return results
+
+    def held_out_result(self, name: str, step: int, how: str, adapter: str | None = None, dialogues=None) -> dict:
+        dialogues = dialogues or self.held_out
+        built = self.build(dialogues, adapter, how, progress=f"held out: {name}")
+        questions = [(one.bank, question, dialogue.speakers) for one, dialogue in zip(built, dialogues, strict=True)
+                     for question in final_questions(dialogue)]
+        answers = answer.answer_all(self.policy, [self.ask(*item) for item in questions], self.answer_adapter,
+                                    self.args.max_answer_tokens)
+        pairs = [(given.text, question.answer) for given, (_, question, _) in zip(answers, questions, strict=True)]
+        count, judged = max(1, len(pairs)), sum(one.judged for one in built)
+        ops = sum((one.ops for one in built), Counter())
+        return {"step": step, "eval": name, "n": len(pairs),
+                "em": sum(answer.exact_match(*pair) for pair in pairs) / count,
+                "f1": sum(answer.f1(*pair) for pair in pairs) / count,
+                "bank_size": sum(len(one.bank) for one in built) / len(built), "ops": dict(ops),
+                "agreement": sum(one.agreed for one in built) / judged if judged else None}
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="example: python train_manager.py --algo grpo --steps 40 --out runs/mine")
+    add_shared_flags(parser, "manager")
+    own = parser.add_argument_group("the Manager's task")
+    own.add_argument("--window", type=int, default=50, help="turns the bank before a turn is built from (50)")
+    own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
+    own.add_argument("--bank", choices=("self", "base", "oracle"), default="self",
+                     help="who builds the bank before a turn: the Manager as it is, the base model, or the known "
+                          "operations of synthetic data (self)")
+    own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
+    own.add_argument("--linked", choices=("mean", "all"), default="mean",
+                     help="reward: mean score over the linked questions, or 1 only if all are right (mean)")
+    own.add_argument("--refresh", type=int, default=5, help="steps until banks are built anew (5)")
+    args = fill_defaults(parser.parse_args(argv))
+    if args.bank == "oracle" and args.data != "synthetic":
+        parser.error("--bank oracle needs known operations, which only --data synthetic has")
+    return args
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    seed_everything(args.seed)
+    policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    if args.answer_adapter:
+        policy.load_adapter("answer", args.answer_adapter)
+    policy.add_adapter("manager", args.rank, args.alpha)
+    task = ManagerTask(policy, args)
+    run = Run(args.out, vars(args), args.resume, args.overwrite)
+    config = grpo.Config(**{name: getattr(args, name) for name in grpo.Config.__dataclass_fields__})
+    grpo.train(policy, task, run, "manager", config)
+    plot(run.folder)
+    print(f"adapter, metrics and samples are in {run.folder}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
