@@ -117,7 +117,7 @@ def parse(completion: str) -> Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question to one bank, ready for the model: prompt ids, the memories shown in their order, how many dropped."""
+    """One question to one bank, ready for the model: prompt, the memories shown in their order, how many dropped."""
     prompt: list[int]
     shown: list[Memory]
     dropped: int

@@ -90,7 +90,8 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
     """
-    J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }  (2402.03300, eq. 3)
+    J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
+    (arXiv 2402.03300, eq. 3)
     logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), and
     per token (N, C) the KL and whether the clip took the gradient away.
     """
@@ -189,7 +190,7 @@ def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Conf
 
 
 def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
-    """The whole run: held-out before, `steps` steps, held-out after. Continues from the run's checkpoint if it has one."""
+    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if there is one."""
     rng = random.Random(config.seed)
     parameters = policy.parameters(adapter)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)

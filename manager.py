@@ -52,9 +52,9 @@ into calendar dates, using the date of the new facts. Answer with the JSON list 
 
 EXTRACTOR = """You turn what a person says into memories. Read the turn and list every fact in it that is worth \
 remembering about the person who speaks: what happened, plans, preferences, relations, possessions, feelings that \
-matter, shared photos. Each fact is one short self-contained sentence with the person's name, never a pronoun, and with \
-the calendar date where time matters (turn "yesterday" into a date, using the date of the turn). Use only what this \
-person says. Small talk gives no fact.
+matter, shared photos. Each fact is one short self-contained sentence with the person's name, never a pronoun, and \
+with the calendar date where time matters (turn "yesterday" into a date, using the date of the turn). Use only what \
+this person says. Small talk gives no fact.
 Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
 
 LONGEST_TEXT = 500  # characters of a stored memory; what a model writes beyond that is a fault, not a fact
@@ -195,15 +195,18 @@ def parse(completion: str, case: Case) -> list[Edit] | None:
     return edits or [Edit("NOOP")]
 
 
-def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> None:
-    """Carries edits out on a bank (or a fork of it)."""
+def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> list[int]:
+    """Carries edits out on a bank (or a fork of it). Returns the ids of the memories written."""
+    written = []
     for edit in edits:
         if edit.event == "ADD":
-            bank.add(edit.text, speaker, time)
+            written.append(bank.add(edit.text, speaker, time))
         elif edit.event == "UPDATE":
             bank.update(edit.id, edit.text, time)
+            written.append(edit.id)
         elif edit.event == "DELETE":
             bank.delete(edit.id)
+    return written
 
 
 # ------------------------------------------------------------------------------------------------ facts and cases
@@ -212,7 +215,8 @@ def parse_facts(completion: str) -> list[str]:
     """The strings of the first JSON list: '["Jon moved."]' -> ["Jon moved."]. Anything else: no facts."""
     found = first_json(completion)
     found = found.get("facts") if isinstance(found, dict) else found
-    texts = [one_line(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) else []
+    texts = [one_line(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) \
+        else []
     return [text for text in texts if text][:MOST_OPERATIONS]
 
 
@@ -227,6 +231,16 @@ def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int =
     with policy.using(None):
         groups = policy.sample(prompts, 1, max_new_tokens, temperature=0)
     return [tuple(parse_facts(group[0].text)) for group in groups]
+
+
+Facts = dict[tuple[str, str], tuple[str, ...]]  # (dialogue id, turn id) -> facts
+
+
+def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, known: Facts) -> None:
+    """Adds to `known` the facts of all turns it lacks. They depend on no bank, so all dialogues go in one batch."""
+    missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
+               if (dialogue.id, turn.id) not in known}
+    known.update(zip(missing, facts_of(policy, list(missing.values()), extract) if missing else [], strict=True))
 
 
 def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
@@ -250,6 +264,7 @@ class Built:
     agreed: int = 0  # turns whose edit was the known one, to the letter
     judged: int = 0  # turns whose right edit is known
     dropped: int = 0  # memories left out of prompts for want of room
+    sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> the turns it was written from
 
 
 def known_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
@@ -278,16 +293,17 @@ def same_edit(edits: Sequence[Edit], bank: MemoryBank, operation: Operation) -> 
 
 def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "model", adapter: str | None = None,
                 top_k: int = 4, extract: bool = True, max_prompt_tokens: int | None = None, max_new_tokens: int = 128,
-                keep_history: bool = False, progress: str = "") -> list[Built]:
+                keep_history: bool = False, progress: str = "", known: Facts | None = None) -> list[Built]:
     """
     Reads every dialogue from its first turn and keeps a bank for each, in lockstep: turn i of all dialogues is one
     batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "known" operations, "add-all" or "noop".
+    `known`: facts extracted before; new ones are put there too.
     """
     built = [Built(MemoryBank(embedder)) for _ in dialogues]
-    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
-    needs_facts = how == "model" or (how == "add-all" and not all(turn.fact for turn in turns))
-    found = iter(facts_of(policy, turns, extract) if needs_facts else [()] * len(turns))
-    facts = [[next(found) for _ in dialogue.turns] for dialogue in dialogues]
+    known = {} if known is None else known
+    if how == "model" or (how == "add-all" and not all(turn.fact for dialogue in dialogues for turn in dialogue.turns)):
+        read_facts(policy, dialogues, extract, known)
+    facts = [[known.get((dialogue.id, turn.id), ()) for turn in dialogue.turns] for dialogue in dialogues]
     longest = max((len(dialogue.turns) for dialogue in dialogues), default=0)
     for i in tqdm(range(longest), desc=progress, disable=None if progress else True, leave=False):
         live = [d for d, dialogue in enumerate(dialogues) if i < len(dialogue.turns)]
@@ -334,4 +350,5 @@ def step_bank(built: Built, turn: Turn, edits: list[Edit], keep_history: bool) -
         built.judged += 1
         built.agreed += same_edit(edits, built.bank, turn.operation)
     built.ops.update(edit.event for edit in edits)
-    apply(built.bank, edits, turn.speaker, turn.time)
+    for id in apply(built.bank, edits, turn.speaker, turn.time):
+        built.sources.setdefault(id, set()).add(turn.id)

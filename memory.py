@@ -8,8 +8,8 @@ similarity. The Memory Manager edits it (add, update, delete), the Answer Agent 
 
 Not in the paper: forks, so that eight candidate edits can be tried on one bank, and the `hash` embedder, that
 needs no download. Vectors lie in hnswlib, one index per speaker: its exact `BFIndex` up to EXACT_UP_TO, its
-HNSW graph beyond. The exact scan of 20,000 hashed texts takes 2.5 ms, a write 8 us; they lie so far apart that
-the graph needs 2.3 ms for a recall of .99, and 1.2 ms for a write (tests/benchmarks/bank.py).
+HNSW graph beyond. The exact scan of 20,000 hashed texts takes 2.5 ms, a write 8 us; so far apart do they lie
+that the graph needs 2.3 ms for a recall of .99, and 1.2 ms for a write (tests/benchmarks/bank.py).
 
 n texts, k results asked for; a score is an inner product in [-1, 1] (`hash`: [0, 1]).
 N entries in the bank, df_d of them with a feature in hashed dimension d, idf_d = log(1 + N / df_d).

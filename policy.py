@@ -4,8 +4,8 @@ A Hugging Face causal language model as a policy: LoRA adapters, sampling, log-p
     policy = Policy.load("Qwen/Qwen2.5-0.5B-Instruct")
     policy.add_adapter("manager", rank=16, alpha=32)
     with policy.using("manager"):  # using(None) is the base model: our reference policy
-        groups = policy.sample([policy.encode(messages)], n=8)  # one list of 8 Completions
-        scores = policy.score(prompts, completions)  # log-probs with gradient, entropies, mask
+        groups = policy.sample(prompts, n=8)
+        logp, entropy, mask = policy.score(prompts, [[c.ids for c in group] for group in groups])
 
 One set of weights plays every role. A role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every linear layer
 but the head:  h = W x + (alpha / r) B A x,  W frozen, B = 0 at the start, so that a new one changes nothing.
@@ -20,16 +20,16 @@ Shapes: P prompts, G completions each, N = P*G rows in prompt-major order, C tok
 T completion tokens in all (padding left out), R packed rows of L tokens, H hidden size, V vocabulary, r rank.
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no.
 
-There is no top-p or top-k: training needs the log-prob under the distribution that was sampled from. That is
+No top-p, no top-k: training needs log-probs under the distribution that was sampled from, and that is
 softmax(logits / temperature), in `sample` and `score` alike.
 """
 import json
 import logging
 import math
 import os
-import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -48,13 +48,10 @@ from data import UsageError
 # Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
 # silently wrong with a sliding window, linear attention, or positions read off the mask (ALiBi).
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
-# Fields of PEFT's adapter_config.json that change what an adapter computes, which LoRALinear does not do.
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
-               "alpha_pattern", "layer_replication", "modules_to_save", "trainable_token_indices")
 
 
 class LoRALinear(nn.Module):
-    """h = W x + (alpha / r) B A x: one frozen W (out, in), and a pair A (r, in), B (out, r) for each adapter."""
+    """h = W x + (alpha / r) B A x: one frozen W (out, in), and A (r, in), B (out, r) for each adapter."""
 
     def __init__(self, base, role):
         super().__init__()
@@ -102,8 +99,7 @@ class Scores(NamedTuple):
 def pad_right(rows, fill=0, dtype=None):
     """Lists as one tensor: [[7, 8], [9]] -> [[7, 8], [9, fill]]"""
     width = max(map(len, rows), default=0)
-    padded = [list(row) + [fill] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=dtype).view(len(rows), width)
+    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], dtype=dtype)
 
 
 def spread(values, mask):
@@ -118,26 +114,24 @@ def pack(prompts, completions, device="cpu"):
         positions 0 1 2 3 2    targets  7 8 9
         segments  0 0 1 1 2    mask     [[1, 1], [1, 0]]
     """
-    ids, positions, segments, where = [], [], [], []
-    for r, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        assert prompt, "an empty prompt: nothing predicts the first token"
-        P = len(prompt)
-        ids.append(list(prompt)), positions.append(list(range(P))), segments.append([0] * P)
-        for g, completion in enumerate(group, 1):
-            begin, n = len(ids[r]), len(completion)
-            where += [(r, i) for i in [P - 1, *range(begin, begin + n - 1)][:n]]
-            ids[r] += completion
-            positions[r] += range(P, P + n)
-            segments[r] += [g] * n
-    rows, segments = pad_right(ids).to(device), pad_right(segments, fill=-1).to(device)
-    L, flat = rows.shape[1], [completion for group in completions for completion in group]
+    ids, positions, segments = [], [], []
+    for prompt, group in zip(prompts, completions, strict=True):
+        parts = [prompt, *group]
+        ids.append([token for part in parts for token in part])
+        positions.append([*range(len(prompt)), *(len(prompt) + i for c in group for i in range(len(c)))])
+        segments.append([g for g, part in enumerate(parts) for _ in part])
+    ids, positions, segments = pad_right(ids), pad_right(positions), pad_right(segments, fill=-1)
+    (R, L), lengths = ids.shape, (segments == 0).sum(1, keepdim=True)  # lengths of the prompts (R, 1)
+    assert lengths.all(), "an empty prompt: nothing predicts the first token"
+    is_sampled = segments > 0
+    before = torch.where(positions == lengths, lengths, torch.arange(L)) - 1
+    where = (before + L * torch.arange(R)[:, None])[is_sampled]
+    mask = pad_right([[True] * len(c) for group in completions for c in group], False, torch.bool)
+    segments = segments.to(device)
     same = segments[:, None, :] == segments[:, :, None]  # (R, query, key)
     prefix = segments[:, None, :] == 0  # which padding may look at too: a row of only False can give NaN
     attention = (same | prefix) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    where, targets = [r * L + i for r, i in where], [token for completion in flat for token in completion]
-    where, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets))
-    mask = pad_right([[True] * len(completion) for completion in flat], False, torch.bool).to(device)
-    return Layout(rows, pad_right(positions).to(device), attention[:, None], where, targets, mask)
+    return Layout(*(x.to(device) for x in (ids, positions, attention[:, None], where, ids[is_sampled], mask)))
 
 
 def pad(prompts, completions, device="cpu"):
@@ -204,10 +198,7 @@ class Policy:
     def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, max_batch_tokens=2**16):
         """A policy from a hub id or a folder. If not told otherwise bfloat16 on a GPU, float32 on a CPU."""
         name, device = str(name), str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UsageError("dtype: no number format to run a model in; use float32, bfloat16 or float16")
+        dtype = str(dtype or ("bfloat16" if device.startswith("cuda") else "float32")).removeprefix("torch.")
         if name.startswith((".", "/", "~")) or Path(name).is_dir():
             name = str(Path(name).expanduser())
             if not Path(name, "config.json").is_file():  # an adapter's folder, for one
@@ -217,15 +208,16 @@ class Policy:
             # What tokenizer.json says. AutoTokenizer gives every Qwen2 model Qwen's own pre-tokenizer instead.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
+                name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True)
             model.to(device)
-        except (OSError, ValueError, RuntimeError, ImportError, AssertionError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError,
+                AssertionError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"model {name} on {device}: cannot be loaded ({reason}); give a hub id, or a folder "
-                             "with config.json, safetensors weights and tokenizer.json") from None
+            raise UsageError(f"model {name} as {dtype} on {device}: cannot be loaded ({reason}); give a hub id "
+                             "or a folder with config.json, safetensors and tokenizer.json") from None
         if found["missing_keys"]:  # transformers would go on with random numbers in their place
-            raise UsageError(f"model {name}: no weights for {sorted(found['missing_keys'])[0]}; save it again")
+            raise UsageError(f"model {name}: no weights for {min(found['missing_keys'])}; save it again")
         if not tokenizer.chat_template:
             raise UsageError(f"model {name}: its tokenizer has no chat template; choose an instruct model")
         return cls(model, tokenizer, name, gradient_checkpointing, max_batch_tokens)
@@ -240,25 +232,23 @@ class Policy:
         with torch.no_grad():  # some families scale or cap the head's logits, which `score` would not
             logits, plain = self.model(ids).logits, self.head(self.model.base_model(ids).last_hidden_state)
         if not torch.allclose(logits, plain, rtol=0.01, atol=0.01):
-            raise UsageError(f"model {self.name}: {config.model_type} changes its logits after the head, which "
-                             f"is not supported; choose one of {', '.join(PACKABLE)}")
-        logging.warning("model %s: scored unpacked, which is slower; its attention is not plain", self.name)
+            raise UsageError(f"model {self.name}: {config.model_type} changes the head's logits, which is not "
+                             f"supported; choose one of {', '.join(PACKABLE)}")
+        logging.warning("model %s: its attention is not plain, so it is scored unpacked: slower", self.name)
         return False
 
     def _checkpoint_layers(self):
         """Keeps only each layer's input for the backward pass, which computes the rest again."""
-        def same_role():  # the backward pass may run after `using` has ended, and needs the forward's adapter
+        def same_role():  # the backward pass may run after `using` has ended; it needs the forward's adapter
             return nullcontext(), self.using(self.role.name)
 
-        def checkpointed(forward):
-            def run(*args, **kwargs):
-                if not torch.is_grad_enabled():  # also sampling, whose cache a checkpoint would write twice
-                    return forward(*args, **kwargs)
-                return checkpoint(forward, *args, use_reentrant=False, context_fn=same_role, **kwargs)
-            return run
+        def run(forward, *args, **kwargs):
+            if not torch.is_grad_enabled():  # sampling, for one, whose cache a checkpoint would write twice
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=same_role, **kwargs)
 
         for layer in self.model.base_model.layers:
-            layer.forward = checkpointed(layer.forward)
+            layer.forward = partial(run, layer.forward)
 
     @contextmanager
     def using(self, name: str | None):
@@ -284,7 +274,7 @@ class Policy:
         return [x for layer in self.layers.values() for x in layer.adapters.get(name, ())[:2]]
 
     def save_adapter(self, name: str, folder):
-        """Writes PEFT's format. Each file is replaced whole: a kill leaves the old one or the new one."""
+        """Writes PEFT's format. Each file is replaced whole, so that no kill leaves half a file."""
         folder, layers = Path(folder), {path: x for path, x in self.layers.items() if name in x.adapters}
         weights = {key: x.detach().cpu() for path, layer in layers.items()
                    for key, x in zip(peft_keys(path), layer.adapters[name][:2], strict=True)}
@@ -301,30 +291,30 @@ class Policy:
         """Reads PEFT's format, written by us or by PEFT, as adapter `name`; one of that name is replaced."""
         config, weights = read_adapter(folder)
         rank, trained_on, pairs = config["r"], config.get("base_model_name_or_path"), {}
-        if trained_on and self.name and not same_model(trained_on, self.name):
-            raise UsageError(f"adapter {folder}: was trained on {trained_on}, not on {self.name}; load that one, "
-                             "or correct base_model_name_or_path in adapter_config.json if it is the same")
+
+        def misfit(what):
+            return UsageError(f"adapter {folder}: does not fit model {self.name}: {what}; load its own base model")
+
+        if len({Path(x).resolve().name.lower() for x in (trained_on, self.name) if x}) > 1:
+            raise misfit(f"was trained on {trained_on} (the same, moved? mend it in adapter_config.json)")
         for path, layer in self.layers.items():
-            pair = [weights.pop(key) for key in peft_keys(path) if key in weights]
-            shapes, (out_features, in_features) = [tuple(x.shape) for x in pair], layer.base.weight.shape
-            if pair and shapes != [(rank, in_features), (out_features, rank)]:
-                raise UsageError(f"adapter {folder}: {path} has A, B of {shapes}, where rank {rank} on {self.name} "
-                                 f"needs {[(rank, in_features), (out_features, rank)]}; load its own base model")
-            if pair:
-                pairs[path] = pair
-        if weights or not pairs:
-            raise UsageError(f"adapter {folder}: {next(iter(weights), 'nothing')} has no place in {self.name}, "
-                             "where LoRA is on all linear layers but the head; load its own base model")
+            pairs[path] = [weights.pop(key) for key in peft_keys(path) if key in weights]
+            out_features, in_features = layer.base.weight.shape
+            shapes, needed = [tuple(x.shape) for x in pairs[path]], [(rank, in_features), (out_features, rank)]
+            if shapes not in ([], needed):
+                raise misfit(f"A, B of {path} are {shapes}, but with rank {rank} must be {needed}")
+        if weights or not any(pairs.values()):
+            raise misfit(f"no place for {min(weights, default='nothing')}, LoRA sits on linear layers but the head")
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         for path, layer in self.layers.items():
             layer.adapters.pop(name, None)
-            if path in pairs:
+            if pairs[path]:
                 layer.put(name, *pairs[path], scale)
         self.adapters[name] = {key: config.get(key, False) for key in ("r", "lora_alpha", "use_rslora")}
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Chat messages as token ids, up to where the assistant's reply begins."""
-        return self.tokenizer.apply_chat_template(  # enable_thinking: read by Qwen3's template, by others ignored
+        return self.tokenizer.apply_chat_template(  # enable_thinking is read by Qwen3's template only
             messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
     def decode(self, ids: list[int]) -> str:
@@ -334,26 +324,23 @@ class Policy:
     def sample(self, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64, temperature: float = 1.0,
                generator: torch.Generator | None = None) -> list[list[Completion]]:
         """
-        n completions of each prompt, in the order of the prompts. Temperature 0 is greedy: a distinct prompt is
-        decoded once, its completion shared. Runs in batches of similar length, within `max_batch_tokens`.
+        n completions of each prompt, in the order of the prompts. Temperature 0 is greedy: a distinct prompt
+        is decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`.
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
         rows = [tuple(prompt) for prompt in prompts for _ in range(n)]
-        places = range(len(rows))
-        if temperature == 0:
-            places = list({row: i for i, row in enumerate(rows)}.values())
-        order = sorted(places, key=lambda i: (len(rows[i]), rows[i]), reverse=True)  # equal prompts side by side
-        done = {}
+        keys = rows if temperature == 0 else range(len(rows))
+        rows, done = dict(zip(keys, rows, strict=True)), {}
+        order = sorted(rows, key=lambda key: (len(rows[key]), rows[key]), reverse=True)  # equals side by side
         while order:
             size = max(1, self.max_batch_tokens // (len(rows[order[0]]) + max_new_tokens))
             batch, order = order[:size], order[size:]
-            generated = self._generate([rows[i] for i in batch], max_new_tokens, temperature, generator)
-            done.update(zip((rows[i] if temperature == 0 else i for i in batch), generated, strict=True))
-        found = [done[row if temperature == 0 else i] for i, row in enumerate(rows)]
-        return [found[i:i + n] for i in range(0, len(found), n)]
+            generated = self._generate([rows[key] for key in batch], max_new_tokens, temperature, generator)
+            done.update(zip(batch, generated, strict=True))
+        return [[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)]
 
     def _generate(self, rows, max_new_tokens, temperature, generator):
-        """One batch. Each distinct prompt goes through the model once; a row leaves as soon as it has ended."""
+        """One batch. A distinct prompt goes through the model once; a row leaves as soon as it has ended."""
         distinct = list(dict.fromkeys(rows))
         number, P = {prompt: i for i, prompt in enumerate(distinct)}, max(map(len, distinct))
         # Padded on the left, so that the next token's column is the same in every row.
@@ -373,7 +360,7 @@ class Policy:
             if t == 0:  # from here on one row a completion
                 copies = torch.tensor([number[p] for p in rows], device=self.device)
                 logits, visible, positions = logits[copies], visible[copies], positions[copies]
-                cache.reorder_cache(copies)  # selects rows in every layer: repeats them here, drops them below
+                cache.reorder_cache(copies)  # selects rows in every layer: repeats here, drops below
             token, logp = draw(logits, temperature, generator)
             tokens[alive, t], logps[alive, t], lengths[alive] = token, logp, t + 1
             keep = (~torch.isin(token, self.eos)).nonzero().squeeze(1)
@@ -383,18 +370,14 @@ class Policy:
                 alive, token, visible, positions = alive[keep], token[keep], visible[keep], positions[keep]
                 cache.reorder_cache(keep)
             ids, positions = token[:, None], positions[:, -1:] + 1
-        return self._completions(tokens, logps, lengths)
-
-    def _completions(self, tokens, logps, lengths):
-        """The buffers of a batch as records; they leave the device once, not token by token."""
         if logps.isnan().any():
             raise FloatingPointError("NaN in the logits while sampling: weights or adapter have diverged")
         finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), self.eos)
-        rows = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
-        return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in rows]
+        records = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
+        return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in records]
 
     def layout(self, prompts, completions, padded=False) -> Layout:
-        """Groups as rows: packed where this model allows it, else (or if `padded`) a row for each completion."""
+        """Groups as rows: packed where this model allows it, else (or if `padded`) a row a completion."""
         return (pack if self.packs and not padded else pad)(prompts, completions, self.device)
 
     def hidden(self, layout: Layout) -> torch.Tensor:
@@ -411,13 +394,12 @@ class Policy:
         return Scores(spread(logp, layout.mask), spread(entropy, layout.mask), layout.mask)
 
     def micro_batches(self, prompts, completions, max_tokens: int) -> list[list[int]]:
-        """Indices of groups for calls of `score` of at most max_tokens, padding counted, or else of one group."""
-        rows = [1 if self.packs else len(group) for group in completions]
-        lengths = [len(prompt) + (sum if self.packs else max)(map(len, group))
-                   for prompt, group in zip(prompts, completions, strict=True)]
+        """Indices of groups for calls of `score` of at most max_tokens, padding counted, or of one group."""
+        sizes = [len(p) + sum(map(len, group)) if self.packs else len(group) * (len(p) + max(map(len, group)))
+                 for p, group in zip(prompts, completions, strict=True)]
         batches = []
-        for i in sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True):
-            if batches and sum(rows[j] for j in [*batches[-1], i]) * lengths[batches[-1][0]] <= max_tokens:
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= max_tokens:
                 batches[-1].append(i)
             else:
                 batches.append([i])
@@ -430,23 +412,15 @@ def peft_keys(path):
 
 def read_adapter(folder):
     """The config and the tensors of an adapter's folder, or a UsageError that says why not."""
-    files = [Path(folder, file) for file in ("adapter_config.json", "adapter_model.safetensors")]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"adapter {folder}: no {file.name}; give a folder that save_adapter or PEFT wrote")
     try:
-        config, weights = json.loads(files[0].read_text()), load_file(files[1])
-        plain = {"peft_type": "LORA", "bias": "none", **dict.fromkeys(UNSUPPORTED)}
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        weights = load_file(Path(folder, "adapter_model.safetensors"))
+        plain = dict(peft_type="LORA", bias="none", use_dora=None, rank_pattern=None, alpha_pattern=None)
         odd = [f"{key} {config.get(key)}" for key, value in plain.items() if (config.get(key) or None) != value]
         odd += [f"{key} {config[key]}" for key in ("r", "lora_alpha") if not config[key] > 0]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"adapter {folder}: cannot be read ({reason}); save it again") from None
+        raise UsageError(f"adapter {folder}: cannot be read ({reason}); give one that we or PEFT saved") from None
     if odd:
         raise UsageError(f"adapter {folder}: {odd[0]} is not supported; train plain LoRA without bias")
     return config, weights
-
-
-def same_model(a, b):
-    """A hub id or a folder by any path, or a copy of it under the same last name."""
-    return Path(a).resolve() == Path(b).resolve() or Path(a).name.lower() == Path(b).name.lower()

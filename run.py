@@ -65,7 +65,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (bfloat16 on a GPU, else float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (32; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
     add("--steps", type=int, default=60, help="batches of rollouts (60)")
@@ -106,10 +106,10 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if args.lr is None:
         args.lr = 2e-3 if Path(args.model).resolve() == TINY.resolve() else 2e-5
     args.out = args.out or f"runs/{args.agent}-{args.algo}"
-    least = {"steps": 1, "batch_size": 1, "group_size": 2, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0, "beta": 0,
-             "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
-             "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0, "window": 0,
-             "refresh": 1}
+    least = {"steps": 1, "batch_size": 1, "group_size": 2, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
+             "beta": 0, "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
+             "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0,
+             "window": 0, "refresh": 1}
     for name, least_value in least.items():
         if getattr(args, name, least_value) < least_value:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least_value}")

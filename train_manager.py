@@ -66,6 +66,7 @@ class ManagerTask:
         self.answer_adapter = "answer" if args.answer_adapter else None
         self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = self.load_held_out("seen")
+        self.facts: manager.Facts = {}
         self.pool: list[Episode] = []
         if self.fixed is not None and not any(linked_questions(dialogue) for dialogue in self.fixed):
             raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
@@ -91,6 +92,7 @@ class ManagerTask:
         rng = random.Random(f"{self.args.seed} {first}")
         chosen: list[tuple[Dialogue, int]] = []
         if self.fixed is None:  # some four turns of every conversation
+            self.facts = {}
             dialogues = data.load("synthetic", "train", count=-(-wanted // 4), seed=self.args.seed * 100_000 + first)
         else:
             dialogues = self.fixed
@@ -98,6 +100,7 @@ class ManagerTask:
                   if turn.id in linked_questions(dialogue)]
         while len(chosen) < wanted:  # a small data set is gone through again
             chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
+        manager.read_facts(self.policy, dialogues, self.args.extract, self.facts)
         banks = self.banks_before(chosen)
         return [self.episode(dialogue, i, bank) for (dialogue, i), bank in zip(chosen, banks, strict=True)]
 
@@ -127,11 +130,11 @@ class ManagerTask:
     def build(self, dialogues: Sequence[Dialogue], adapter: str | None, how: str = "model", **options):
         args = self.args
         return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
-                                   args.max_prompt_tokens, args.max_new_tokens, **options)
+                                   args.max_prompt_tokens, args.max_new_tokens, known=self.facts, **options)
 
     def episode(self, dialogue: Dialogue, i: int, bank: MemoryBank) -> Episode:
         turn = dialogue.turns[i]
-        facts = manager.facts_of(self.policy, [turn], self.args.extract)[0] or (turn.text,)
+        facts = self.facts[dialogue.id, turn.id] or (turn.text,)  # a linked turn matters, whatever the extractor thinks
         case = manager.case_of(bank, turn, facts, self.args.top_k)
         ids, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
         return Episode(ids, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers)
@@ -155,8 +158,8 @@ class ManagerTask:
                 samples.append(self.readable(episodes[i], groups[i][g].text, rewards[i, g].item(), scores, given))
         num_outputs = rewards.numel()
         ops = Counter(edit.event for _, _, edits in candidates for edit in edits)
-        extra = {"invalid_rate": 1 - len(candidates) / num_outputs, "ops": {event: ops[event] for event in manager.EVENTS},
-                 "bank_size": sum(sizes) / max(1, len(sizes))}
+        extra = {"invalid_rate": 1 - len(candidates) / num_outputs,
+                 "ops": {event: ops[event] for event in manager.EVENTS}, "bank_size": sum(sizes) / max(1, len(sizes))}
         return rewards, extra, samples
 
     def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
@@ -185,7 +188,7 @@ class ManagerTask:
     # -------------------------------------------------------------------------------------------- held out
 
     def evaluate(self, when: str, step: int) -> list[dict]:
-        """Banks built from empty on held-out conversations, all questions asked at the end; baselines with "untrained"."""
+        """Banks built from empty on held-out conversations, all asked at the end; baselines with "untrained"."""
         if not self.held_out:
             return []
         adapter = "manager" if when == "trained" else None

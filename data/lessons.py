@@ -10,8 +10,19 @@ import random
 from collections.abc import Callable
 
 from answer import case_text as answer_case
-from data.synthetic import (ATTRIBUTES, CAPITAL, EVENTS, KINDS, WORDS, Entry, World, joined, memory_text, read,
-                            values_read)
+from data.synthetic import (
+    ATTRIBUTES,
+    CAPITAL,
+    EVENTS,
+    KINDS,
+    WORDS,
+    Entry,
+    World,
+    joined,
+    memory_text,
+    read,
+    values_read,
+)
 from manager import case_text as manager_case
 from manager import turn_text
 
@@ -154,12 +165,13 @@ def answer_text(shown: list[Entry], speaker: str, names, value, distill: bool = 
     answer = f"answer: {read(shown, speaker, names, value)}"
     if not distill:
         return answer
-    verdicts = [f"{i} {joined(values_read(entry, speaker, names, value)) or 'none'}" for i, entry in enumerate(shown, 1)]
+    verdicts = [f"{i} {joined(values_read(entry, speaker, names, value)) or 'none'}"
+                for i, entry in enumerate(shown, 1)]
     return "\n".join([*verdicts, answer])
 
 
 def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
-    """What to ask: (attributes, value of an event or None). Oversamples matters with several lines, and missing ones."""
+    """What to ask: (attributes, value of an event or None). Oversamples matters with several lines."""
     mine = [entry for entry in bank if entry.speaker == speaker and entry.attribute != "talk"]
     events = [entry for entry in mine if entry.attribute in EVENTS]
     held = [entry.attribute for entry in mine if entry.attribute in ATTRIBUTES]

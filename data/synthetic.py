@@ -81,7 +81,7 @@ def fresh(rng: random.Random, draw, pool: str, taken) -> str:
     """A word that is not `taken` yet; two words glued where the pool has run dry."""
     for attempt in range(60):
         word = draw(rng, pool) if attempt < 40 else f"{draw(rng, pool)} {draw(rng, pool)}"
-        if word not in taken and (" " not in word or pool != "person"):
+        if word not in taken:
             return word
     raise ValueError(f"no free word in pool {pool}")
 
@@ -308,4 +308,4 @@ def load(split: str = "train", count: int = 32, seed: int = 0, num_turns: int = 
         raise UsageError(f"synthetic data has no split {split!r}: choose one of {', '.join(SPLITS)}, pseudo")
     rng = random.Random(f"{split} {seed} {phrasing}")
     draw = drawer(split)
-    return [dialogue(rng, draw, f"{split}-{seed}-{i}", num_turns, phrasing) for i in range(count)]
+    return [dialogue(rng, draw, f"{split}-{phrasing}-{seed}-{i}", num_turns, phrasing) for i in range(count)]

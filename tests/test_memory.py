@@ -82,11 +82,11 @@ def test_search_in_ten_thousand_entries():
 
 
 def test_one_speaker_beyond_the_threshold_is_searched_by_the_graph():
-    bank, rng = filled(TableEmbedder(memory.EXACT_UP_TO + 1_000, 16), memory.EXACT_UP_TO, ["Ann"]), np.random.default_rng(0)
+    bank = filled(TableEmbedder(memory.EXACT_UP_TO + 1_000, 16), memory.EXACT_UP_TO, ["Ann"])
     assert not bank._indexes["Ann"].is_graph
     bank.add("20500", "Ann", "")
     assert bank._indexes["Ann"].is_graph
-    assert recall(bank, rng.integers(20_000, size=3)) >= 0.99
+    assert recall(bank, [3, 11_111, 20_500]) >= 0.99
 
 
 def test_graph_after_growth_updates_and_deletions(monkeypatch):
@@ -144,7 +144,8 @@ def test_small_and_odd_requests():
     bank.add("", "Jon", "")
     bank.add("!? \ud800", "Jon", "")  # JSON from a language model can hold half a surrogate pair
     assert len(bank.search("", 5)) == 3
-    assert bank.search("dog", 5, floor=0.01) == [bank[0]] and bank.search("dog", 5, floor=1.01) == []
+    score = bank.search_scored("dog", 1)[0][1]
+    assert bank.search("dog", 5, floor=score) == [bank[0]] and bank.search("dog", 5, floor=score + 1e-6) == []
     for call in (bank.get, bank.delete, lambda id: bank.update(id, "", "")):
         with pytest.raises(KeyError, match="no memory with id 7"):
             call(7)
@@ -165,6 +166,7 @@ class BankMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.stack = [(MemoryBank(make_embedder("hash")), {})]  # bank, {id: (text, speaker, time)}
+        self.last_ids = [-1]  # given out by each of them
 
     def pick(self, number):
         ids = list(self.stack[-1][1])
@@ -174,7 +176,8 @@ class BankMachine(RuleBasedStateMachine):
     def add(self, text, speaker):
         bank, model = self.stack[-1]
         id = bank.add(text, speaker, "now")
-        assert id > max(model, default=-1)
+        assert id > self.last_ids[-1]
+        self.last_ids[-1] = id
         model[id] = text, speaker, "now"
 
     @rule(number=picks, text=texts)
@@ -197,14 +200,15 @@ class BankMachine(RuleBasedStateMachine):
     def fork(self):
         bank, model = self.stack[-1]
         self.stack.append((bank.fork(), dict(model)))
+        self.last_ids.append(self.last_ids[-1])
 
     @rule(keep=st.booleans())
     def end_fork(self, keep):
         if len(self.stack) > 1:
-            bank, model = self.stack.pop()
+            (bank, model), last_id = self.stack.pop(), self.last_ids.pop()
             if keep:
                 assert bank.commit() is self.stack[-1][0]
-                self.stack[-1] = self.stack[-1][0], model
+                self.stack[-1], self.last_ids[-1] = (self.stack[-1][0], model), last_id
 
     @rule()
     def save_and_load(self):
@@ -212,8 +216,7 @@ class BankMachine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             bank.save(os.path.join(folder, "bank.json"))
             loaded = MemoryBank.load(os.path.join(folder, "bank.json"), make_embedder("hash"))
-        assert loaded.fork().add("x", "Ann", "") == bank.fork().add("x", "Ann", "")  # next_id is kept
-        self.stack = [(loaded, model)]
+        self.stack, self.last_ids = [(loaded, model)], self.last_ids[-1:]
 
     @rule(query=texts, k=st.integers(1, 8), speaker=st.sampled_from([None, "Ann", "Bob"]))
     def search(self, query, k, speaker):
@@ -235,6 +238,18 @@ class BankMachine(RuleBasedStateMachine):
 
 BankMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_bank_against_dictionaries = BankMachine.TestCase
+
+
+def test_a_fork_may_hide_or_rewrite_any_number_and_keep_it():
+    bank = filled(TableEmbedder(300, 8), 200, ["Ann"])
+    fork = bank.fork()
+    for id in exact_ids(bank, "0", 150):
+        fork.delete(id)
+    for id in [m.id for m in fork][-20:]:  # the last of all among them
+        fork.update(id, str(id + 50), "")
+    for look in (lambda: fork, fork.fork, fork.commit):
+        seen = look()
+        assert len(seen) == 50 and recall(seen, range(0, 300, 30), k=10) == recall(seen, range(5), k=60) == 1
 
 
 def test_a_fork_of_a_bank_that_was_written_to_is_refused():
@@ -288,8 +303,9 @@ def test_idf_by_hand():
         bank.add(text, "Ann", "")
     cat, fox = np.log(1 + 3 / 2) ** 2, np.log(1 + 3 / 1) ** 2
     expected = {0: cat, 1: cat / np.sqrt(2), 2: fox}
-    scores = {m.id: score for m, score in bank.search_scored("Cat, fox!", 3)}
-    assert scores == pytest.approx({id: value / np.hypot(cat, fox) for id, value in expected.items()}, abs=1e-6)
+    for m, score in bank.search_scored("Cat, fox!", 3):
+        assert score == pytest.approx(expected.pop(m.id) / np.hypot(cat, fox), abs=1e-6)
+    assert not expected
 
 
 def test_features_are_the_same_in_every_process():
@@ -298,8 +314,8 @@ def test_features_are_the_same_in_every_process():
 
 
 RETRIEVAL = """ the memory that answers comes right after the question
-What is the name of Jon's dog? | Jon has a dog named Buddy. | Jon works as a nurse. | Jon has a cat named Tom. | \
-The name of Jon's sister is Ann. | Jon is what he is.
+What is the name of Jon's dog? | Jon has a dog named Buddy. | Jon works as a nurse. | The cat is Tom. | \
+The name of Jon's sister is Ann. | Jon has a cat named Tom.
 Where does Ann live? | Ann lives in Lisbon. | Ann does yoga where she can. | Ann likes Bob.
 When did Bob go to the doctor? | Bob went to a doctor. | Bob did go to the park. | Bob goes home.
 What instrument does Mia play? | Mia plays the violin, an instrument. | Mia plays chess. | What is Mia?

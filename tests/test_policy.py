@@ -441,13 +441,13 @@ def rename(folder):
     (lambda f: (f / "adapter_config.json").write_text("[]"), ["cannot be read"]),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 20), ["cannot be read"]),
     (lambda f: edit(f, r="4"), ["cannot be read"]),
-    (lambda f: edit(f, r=5), ["rank 5", "(4, 48)", "(5, 48)"]),
+    (lambda f: edit(f, r=5), ["rank 5", "(4, 32)", "(5, 32)"]),
     (lambda f: edit(f, bias="all"), ["bias all"]),
     (lambda f: edit(f, use_dora=True), ["use_dora"]),
     (lambda f: edit(f, rank_pattern={"q_proj": 8}), ["rank_pattern"]),
     (lambda f: edit(f, peft_type="LOHA"), ["LOHA"]),
     (lambda f: edit(f, base_model_name_or_path="Qwen/Qwen2.5-7B"), ["Qwen/Qwen2.5-7B", "qwen2"]),
-    (reshape, ["(4, 47)", "(4, 48)"]),
+    (reshape, ["(4, 31)", "(4, 32)"]),
     (rename, ["lm_head"]),
 ])
 def test_a_bad_adapter_is_one_line(load, tmp_path, spoil, names):
@@ -510,7 +510,9 @@ def test_a_bad_model_is_one_line(folders, tmp_path, spoil, names):
 @pytest.mark.parametrize("options, names", [
     (dict(name="/no/such/folder"), ["/no/such/folder", "config.json"]),
     (dict(name="not a hub id at all"), ["not a hub id at all"]),
-    (dict(dtype="float99"), ["float32"]),
+    (dict(dtype="float99"), ["float99"]),
+    (dict(dtype="int8"), ["int8"]),
+    (dict(dtype="load"), ["load"]),
     (dict(device="cuda:99"), ["cuda:99"]),
     (dict(device="toaster"), ["toaster"]),
     (dict(kind="granite"), ["granite", "logits"]),

@@ -58,8 +58,9 @@ def measure(texts, queries, exact_up_to):
     add = microseconds(lambda query: bank.add(query, "Ann", ""), queries)
     update = microseconds(lambda i: bank.update(i, queries[i], ""), range(len(queries)))
     delete = microseconds(bank.delete, range(len(queries)))
-    print(f"{len(texts):7} {'graph' if index.is_graph else 'exact':>6} {scan:8.0f} {search:8.0f} {again:8.0f} "
-          f"{forks:8.0f} {add:8.0f} {update:8.0f} {delete:8.0f}", flush=True)
+    row = (scan, search, again, forks, add, update, delete)
+    kind = "graph" if index.is_graph else "exact"
+    print(f"{len(texts):7} {kind:>7}", *(f"{spent:7.0f}" for spent in row), flush=True)
     return found
 
 
@@ -70,8 +71,8 @@ def main():
     first = microseconds(lambda text: embedder.embed([text]), texts[:5_000])
     again = microseconds(lambda text: embedder.embed([text]), texts[:5_000])
     print(f"embed one text: {first:.0f} us, again {again:.1f} us; search, forks, writes in us with k = 30:")
-    print(f"{'entries':>7} {'index':>6} {'scan':>8} {'search':>8} {'again':>8} {'8 forks':>8} {'add':>8} {'update':>8} "
-          f"{'delete':>8}")
+    heads = ("entries", "index", "scan", "search", "again", "8 forks", "add", "update", "delete")
+    print(*(f"{head:>7}" for head in heads))
     for size in (100, 1_000, 10_000, 20_000):
         exact = measure(stored[:size], queries, 10 ** 9)
         if size >= 10_000:
