@@ -10,66 +10,59 @@ A Hugging Face causal language model as a policy: LoRA adapters, sampling, log-p
 One set of weights plays every role. A role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every linear layer
 but the head:  h = W x + (alpha / r) B A x,  W frozen, B = 0 at the start, so that a new one changes nothing.
 
-Prompts are long, completions short, and G of them share a prompt, so neither half computes a prompt twice:
+Prompts are long, completions short, and G of them share a prompt, so neither half computes one twice:
   - `sample` reads each distinct prompt once, repeats its key-value cache for the group, drops ended rows.
-  - `score` packs a group into one row, `[prompt | c_1 | ... | c_G | padding]`. That is exact: attention looks
-    only backwards, so what follows a prompt does not change its states; a mask lets c_g see the prompt and
-    itself, no sibling; and its positions restart at the prompt's length, where it would stand alone.
+  - `score` packs a group into one row, `[prompt | c_1 | ... | c_G | padding]`. That is exact: what follows a
+    prompt does not change its states; a mask lets c_g see the prompt and itself, no sibling; and positions
+    restart at the prompt's length for each, as if it stood there alone.
 
 Shapes: P prompts, G completions each, N = P*G rows in prompt-major order, C tokens in the longest completion,
 T completion tokens in all (padding left out), R packed rows of L tokens, H hidden size, V vocabulary, r rank.
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no.
-
 No top-p, no top-k: training needs log-probs under the distribution that was sampled from, and that is
 softmax(logits / temperature), in `sample` and `score` alike.
 """
 import json
 import logging
-import math
-import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from data import UsageError
 
 # Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
 # silently wrong with a sliding window, linear attention, or positions read off the mask (ALiBi).
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
+PEFT_KEY = "base_model.model.{}.lora_{}.weight"
 
 
 class LoRALinear(nn.Module):
     """h = W x + (alpha / r) B A x: one frozen W (out, in), and A (r, in), B (out, r) for each adapter."""
 
-    def __init__(self, base, role):
+    def __init__(self, base, policy):
         super().__init__()
-        self.base, self.role = base, role  # all layers share `role`, whose name is the active adapter
+        self.base, self.policy = base, policy  # policy.active names the adapter, for all layers at once
         self.adapters = {}  # name -> (A, B, alpha / r)
 
     def put(self, name, A, B, scale):
-        # float32 even on a bfloat16 base, whose 8 bits would swallow most steps of an optimizer
+        # float32 even on a bfloat16 base, whose 7 bits of fraction would swallow most steps of an optimizer
         A, B = (nn.Parameter(x.float().to(self.base.weight.device)) for x in (A, B))
         self.adapters[name] = A, B, scale
 
     def forward(self, x):
         y = self.base(x)
-        if self.role.name not in self.adapters:  # LoRA off, or an adapter that leaves this layer alone
+        if self.policy.active not in self.adapters:  # LoRA off, or an adapter that leaves this layer alone
             return y
-        A, B, scale = self.adapters[self.role.name]
-        update = F.linear(F.linear(x.to(A.dtype), A), B)
-        return torch.add(y, update, alpha=scale).to(y.dtype)  # summed in float32, as PEFT does
+        A, B, scale = self.adapters[self.policy.active]
+        return torch.add(y, x.to(A.dtype) @ A.T @ B.T, alpha=scale).to(y.dtype)  # in float32, like PEFT's
 
 
 @dataclass(frozen=True)
@@ -127,10 +120,9 @@ def pack(prompts, completions, device="cpu"):
     before = torch.where(positions == lengths, lengths, torch.arange(L)) - 1
     where = (before + L * torch.arange(R)[:, None])[is_sampled]
     mask = pad_right([[True] * len(c) for group in completions for c in group], False, torch.bool)
-    segments = segments.to(device)
-    same = segments[:, None, :] == segments[:, :, None]  # (R, query, key)
-    prefix = segments[:, None, :] == 0  # which padding may look at too: a row of only False can give NaN
-    attention = (same | prefix) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    queries, keys = segments.to(device)[:, :, None], segments.to(device)[:, None, :]
+    # Padding looks at the prompt as well, since a row that sees nothing at all can give NaN.
+    attention = ((queries == keys) | (keys == 0)) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
     return Layout(*(x.to(device) for x in (ids, positions, attention[:, None], where, ids[is_sampled], mask)))
 
 
@@ -185,9 +177,8 @@ class Policy:
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.eos = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
         self.packs = self._can_pack()
-        self.role = SimpleNamespace(name=None)  # the active adapter; every LoRALinear reads it here
-        self.adapters = {}  # name -> the fields of its PEFT config that matter
-        self.layers = {path: LoRALinear(linear, self.role) for path, linear in model.named_modules()
+        self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
+        self.layers = {path: LoRALinear(linear, self) for path, linear in model.named_modules()
                        if isinstance(linear, nn.Linear) and linear is not self.head}
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
@@ -195,32 +186,31 @@ class Policy:
             self._checkpoint_layers()
 
     @classmethod
-    def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, max_batch_tokens=2**16):
-        """A policy from a hub id or a folder. If not told otherwise bfloat16 on a GPU, float32 on a CPU."""
+    def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, **options):
+        """A policy from a hub id or a folder. Unless told otherwise bfloat16 on a GPU, float32 on a CPU."""
         name, device = str(name), str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = str(dtype or ("bfloat16" if device.startswith("cuda") else "float32")).removeprefix("torch.")
         if name.startswith((".", "/", "~")) or Path(name).is_dir():
             name = str(Path(name).expanduser())
             if not Path(name, "config.json").is_file():  # an adapter's folder, for one
-                raise UsageError(f"model {name}: no config.json there; give a hub id or the folder of a model")
+                raise UsageError(f"model {name}: no config.json there; give a hub id or a model's folder")
         transformers.utils.logging.disable_progress_bar()
         try:
-            # What tokenizer.json says. AutoTokenizer gives every Qwen2 model Qwen's own pre-tokenizer instead.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            # As tokenizer.json says. AutoTokenizer gives any Qwen2 model Qwen's own pre-tokenizer instead.
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True)
             model.to(device)
-        except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError,
-                AssertionError, SafetensorError) as error:
+        except Exception as error:  # of a dozen kinds: no such model, no network, no GPU, a file cut short
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"model {name} as {dtype} on {device}: cannot be loaded ({reason}); give a hub id "
-                             "or a folder with config.json, safetensors and tokenizer.json") from None
+            raise UsageError(f"model {name} as {dtype} on {device}: cannot be loaded ({reason}); give a hub "
+                             "id or a folder with config.json, safetensors, tokenizer.json") from None
         if found["missing_keys"]:  # transformers would go on with random numbers in their place
             raise UsageError(f"model {name}: no weights for {min(found['missing_keys'])}; save it again")
         if not tokenizer.chat_template:
             raise UsageError(f"model {name}: its tokenizer has no chat template; choose an instruct model")
-        return cls(model, tokenizer, name, gradient_checkpointing, max_batch_tokens)
+        return cls(model, tokenizer, name, gradient_checkpointing, **options)
 
     def _can_pack(self):
         """Whether a 4-D mask says all there is to say about the attention. If not, says so once."""
@@ -232,20 +222,19 @@ class Policy:
         with torch.no_grad():  # some families scale or cap the head's logits, which `score` would not
             logits, plain = self.model(ids).logits, self.head(self.model.base_model(ids).last_hidden_state)
         if not torch.allclose(logits, plain, rtol=0.01, atol=0.01):
-            raise UsageError(f"model {self.name}: {config.model_type} changes the head's logits, which is not "
-                             f"supported; choose one of {', '.join(PACKABLE)}")
-        logging.warning("model %s: its attention is not plain, so it is scored unpacked: slower", self.name)
+            raise UsageError(f"model {self.name}: {config.model_type} changes its head's logits, and cannot "
+                             f"be scored; choose one of {', '.join(PACKABLE)}")
+        logging.warning("model %s: its attention is not plain, so scores come unpacked: slower", self.name)
         return False
 
     def _checkpoint_layers(self):
         """Keeps only each layer's input for the backward pass, which computes the rest again."""
-        def same_role():  # the backward pass may run after `using` has ended; it needs the forward's adapter
-            return nullcontext(), self.using(self.role.name)
-
         def run(forward, *args, **kwargs):
             if not torch.is_grad_enabled():  # sampling, for one, whose cache a checkpoint would write twice
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=same_role, **kwargs)
+            # The backward pass may come when `using` has ended, and needs the adapter of the forward pass.
+            contexts = nullcontext(), self.using(self.active)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
         for layer in self.model.base_model.layers:
             layer.forward = partial(run, layer.forward)
@@ -254,19 +243,18 @@ class Policy:
     def using(self, name: str | None):
         """Inside the `with` this adapter is active; None: LoRA off, bit for bit the base model."""
         assert name is None or name in self.adapters, f"no adapter {name!r}, only {sorted(self.adapters)}"
-        before, self.role.name = self.role.name, name
+        before, self.active = self.active, name
         try:
             yield self
         finally:
-            self.role.name = before
+            self.active = before
 
     def add_adapter(self, name: str, rank: int = 16, alpha: float = 32):
         """A new adapter that changes nothing yet: A uniform in +-1/sqrt(in), as in PEFT, and B = 0."""
         assert name not in self.adapters, f"adapter {name} exists already"
         for layer in self.layers.values():
-            out_features, in_features = layer.base.weight.shape
-            A = torch.empty(rank, in_features).uniform_(-1, 1) / math.sqrt(in_features)
-            layer.put(name, A, torch.zeros(out_features, rank), alpha / rank)
+            A = torch.empty(rank, layer.base.in_features).uniform_(-1, 1) * layer.base.in_features ** -0.5
+            layer.put(name, A, torch.zeros(layer.base.out_features, rank), alpha / rank)
         self.adapters[name] = {"r": rank, "lora_alpha": alpha, "use_rslora": False}
 
     def parameters(self, name: str) -> list[nn.Parameter]:
@@ -276,8 +264,8 @@ class Policy:
     def save_adapter(self, name: str, folder):
         """Writes PEFT's format. Each file is replaced whole, so that no kill leaves half a file."""
         folder, layers = Path(folder), {path: x for path, x in self.layers.items() if name in x.adapters}
-        weights = {key: x.detach().cpu() for path, layer in layers.items()
-                   for key, x in zip(peft_keys(path), layer.adapters[name][:2], strict=True)}
+        weights = {PEFT_KEY.format(path, part): x.detach().cpu() for path, layer in layers.items()
+                   for part, x in zip("AB", layer.adapters[name], strict=False)}
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.name,
                   **self.adapters[name], "target_modules": sorted({path.split(".")[-1] for path in layers}),
                   "lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "inference_mode": True}
@@ -285,27 +273,24 @@ class Policy:
         save_file(weights, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
         (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
         for file in ("adapter_model.safetensors", "adapter_config.json"):
-            os.replace(folder / f"{file}.tmp", folder / file)
+            (folder / f"{file}.tmp").replace(folder / file)
 
     def load_adapter(self, name: str, folder):
-        """Reads PEFT's format, written by us or by PEFT, as adapter `name`; one of that name is replaced."""
-        config, weights = read_adapter(folder)
+        """Reads an adapter that we or PEFT saved, and calls it `name`; one of that name is replaced."""
+        config, weights, scale = read_adapter(folder)
         rank, trained_on, pairs = config["r"], config.get("base_model_name_or_path"), {}
-
-        def misfit(what):
-            return UsageError(f"adapter {folder}: does not fit model {self.name}: {what}; load its own base model")
-
+        misfit = f"adapter {folder} is not for model {self.name} (load the model it was trained on):"
         if len({Path(x).resolve().name.lower() for x in (trained_on, self.name) if x}) > 1:
-            raise misfit(f"was trained on {trained_on} (the same, moved? mend it in adapter_config.json)")
+            raise UsageError(f"{misfit} it names {trained_on}; if only renamed, mend adapter_config.json")
         for path, layer in self.layers.items():
-            pairs[path] = [weights.pop(key) for key in peft_keys(path) if key in weights]
-            out_features, in_features = layer.base.weight.shape
-            shapes, needed = [tuple(x.shape) for x in pairs[path]], [(rank, in_features), (out_features, rank)]
-            if shapes not in ([], needed):
-                raise misfit(f"A, B of {path} are {shapes}, but with rank {rank} must be {needed}")
+            keys = [PEFT_KEY.format(path, part) for part in "AB"]
+            pairs[path] = [weights.pop(key) for key in keys if key in weights]
+            fit = [(rank, layer.base.in_features), (layer.base.out_features, rank)]
+            shapes = [tuple(x.shape) for x in pairs[path]]
+            if shapes not in ([], fit):
+                raise UsageError(f"{misfit} A, B of {path} are {shapes}, but with rank {rank} must be {fit}")
         if weights or not any(pairs.values()):
-            raise misfit(f"no place for {min(weights, default='nothing')}, LoRA sits on linear layers but the head")
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            raise UsageError(f"{misfit} it has no linear layer for {min(weights, default='any of it')}")
         for path, layer in self.layers.items():
             layer.adapters.pop(name, None)
             if pairs[path]:
@@ -321,11 +306,10 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @torch.no_grad()
-    def sample(self, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 64, temperature: float = 1.0,
-               generator: torch.Generator | None = None) -> list[list[Completion]]:
+    def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0, generator=None):
         """
-        n completions of each prompt, in the order of the prompts. Temperature 0 is greedy: a distinct prompt
-        is decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`.
+        A list of n Completions for each prompt, in order. Temperature 0 is greedy: a distinct prompt is then
+        decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`.
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
         rows = [tuple(prompt) for prompt in prompts for _ in range(n)]
@@ -340,23 +324,20 @@ class Policy:
         return [[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)]
 
     def _generate(self, rows, max_new_tokens, temperature, generator):
-        """One batch. A distinct prompt goes through the model once; a row leaves as soon as it has ended."""
+        """One batch, padded on the left so that all rows write in one column, and leave it when they end."""
         distinct = list(dict.fromkeys(rows))
         number, P = {prompt: i for i, prompt in enumerate(distinct)}, max(map(len, distinct))
-        # Padded on the left, so that the next token's column is the same in every row.
         ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in distinct], device=self.device)
         begin = torch.tensor([[P - len(p)] for p in distinct], device=self.device)
         columns = torch.arange(P + max_new_tokens, device=self.device)
         visible, positions = columns >= begin, (columns[:P] - begin).clamp(min=0)
-        is_ragged = len(set(map(len, distinct))) > 1  # else there is no padding, and attention needs no mask
         alive = torch.arange(len(rows), device=self.device)  # the rows still being written
         tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=self.device)
         logps, lengths = tokens.float(), torch.zeros_like(alive)
-        cache = DynamicCache(config=self.model.config)
+        cache = transformers.DynamicCache(config=self.model.config)
         for t in range(max_new_tokens):
-            logits = self.model(input_ids=ids, attention_mask=visible[:, :P + t] if is_ragged else None,
-                                position_ids=positions, past_key_values=cache, use_cache=True,
-                                logits_to_keep=1).logits[:, -1]
+            logits = self.model(input_ids=ids, attention_mask=visible[:, :P + t], position_ids=positions,
+                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             if t == 0:  # from here on one row a completion
                 copies = torch.tensor([number[p] for p in rows], device=self.device)
                 logits, visible, positions = logits[copies], visible[copies], positions[copies]
@@ -370,57 +351,50 @@ class Policy:
                 alive, token, visible, positions = alive[keep], token[keep], visible[keep], positions[keep]
                 cache.reorder_cache(keep)
             ids, positions = token[:, None], positions[:, -1:] + 1
-        if logps.isnan().any():
-            raise FloatingPointError("NaN in the logits while sampling: weights or adapter have diverged")
+        assert not logps.isnan().any(), "NaN in the logits while sampling: weights or adapter have diverged"
         finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), self.eos)
-        records = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
-        return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in records]
+        rows = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
+        return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in rows]
 
     def layout(self, prompts, completions, padded=False) -> Layout:
         """Groups as rows: packed where this model allows it, else (or if `padded`) a row a completion."""
         return (pack if self.packs and not padded else pad)(prompts, completions, self.device)
 
     def hidden(self, layout: Layout) -> torch.Tensor:
-        """The last states, each predicting a completion token, (T, H). `spread` puts their values in place."""
+        """The last states that predict a completion token, (T, H). `spread` puts their values in place."""
         states = self.model.base_model(input_ids=layout.ids, attention_mask=layout.attention,
                                        position_ids=layout.positions, use_cache=False).last_hidden_state
         return states.flatten(0, 1).index_select(0, layout.where)
 
-    def score(self, prompts: list[list[int]], completions: list[list[list[int]]], temperature: float = 1.0,
-              padded: bool = False) -> Scores:
+    def score(self, prompts, completions, temperature=1.0, padded=False) -> Scores:
         """Log-prob of every token of completions[p][g] after prompts[p], and the policy's entropy there."""
         layout = self.layout(prompts, completions, padded)
         logp, entropy = token_scores(self.hidden(layout), self.head, layout.targets, temperature)
         return Scores(spread(logp, layout.mask), spread(entropy, layout.mask), layout.mask)
 
     def micro_batches(self, prompts, completions, max_tokens: int) -> list[list[int]]:
-        """Indices of groups for calls of `score` of at most max_tokens, padding counted, or of one group."""
-        sizes = [len(p) + sum(map(len, group)) if self.packs else len(group) * (len(p) + max(map(len, group)))
-                 for p, group in zip(prompts, completions, strict=True)]
+        """Indices of groups for calls of `score` within max_tokens, padding counted, or of one group."""
+        sizes = [len(p) + sum(map(len, cs)) if self.packs else len(cs) * (len(p) + max(map(len, cs)))
+                 for p, cs in zip(prompts, completions, strict=True)]
         batches = []
         for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-            if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= max_tokens:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
+            if not batches or (len(batches[-1]) + 1) * sizes[batches[-1][0]] > max_tokens:
+                batches.append([])
+            batches[-1].append(i)
         return batches
 
 
-def peft_keys(path):
-    return [f"base_model.model.{path}.lora_{part}.weight" for part in "AB"]
-
-
 def read_adapter(folder):
-    """The config and the tensors of an adapter's folder, or a UsageError that says why not."""
+    """The config, tensors and scale of an adapter's folder, or a UsageError that says why not."""
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
         weights = load_file(Path(folder, "adapter_model.safetensors"))
         plain = dict(peft_type="LORA", bias="none", use_dora=None, rank_pattern=None, alpha_pattern=None)
-        odd = [f"{key} {config.get(key)}" for key, value in plain.items() if (config.get(key) or None) != value]
-        odd += [f"{key} {config[key]}" for key in ("r", "lora_alpha") if not config[key] > 0]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        odd = [f"{key} {config.get(key)}" for key in plain if (config.get(key) or None) != plain[key]]
+        scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"adapter {folder}: cannot be read ({reason}); give one that we or PEFT saved") from None
+        raise UsageError(f"adapter {folder}: cannot be read ({reason}); give one that PEFT saved") from None
     if odd:
         raise UsageError(f"adapter {folder}: {odd[0]} is not supported; train plain LoRA without bias")
-    return config, weights
+    return config, weights, scale

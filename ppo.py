@@ -2,16 +2,16 @@
 PPO: policy-gradient fine-tuning with a value network (arXiv 1707.06347, eq. 7; Memory-R1, arXiv 2508.19828, eq. 2),
 token by token. The baseline of a token is what a critic expected of the completion before that token was written.
 
-One step: 1. a batch of P prompts   2. G completions of each   3. their rewards   4. advantages by GAE over the critic's
-values, whitened over the batch   5. clipped surrogate with a KL penalty towards the reference, which is the same network
-with LoRA switched off   6. AdamW on the adapter, and on the critic towards the returns, `epochs` passes over the step's
-completions   7. a line in metrics.jsonl
+One step: 1. a batch of P prompts   2. G completions of each   3. their rewards   4. advantages by GAE from the
+critic's values, whitened over the batch   5. clipped surrogate with a KL penalty towards the reference, which is the
+same network with LoRA switched off; the critic's squared error   6. AdamW on both adapters, `epochs` passes over the
+step's completions   7. a line in metrics.jsonl
 
 What differs from the paper and why:
 1. Its ratio is "per action"; here it is per token, as in VERL, which the paper used. A token is an action, the prompt
    and the tokens so far are the state.
-2. Its critic is a second model; here it is a second adapter on the same weights, with a linear head. It starts at V = 0,
-   and whitening then leaves reward minus mean reward: before the critic knows anything, the batch is the baseline.
+2. Its critic is a second model; here it is a second adapter on the same weights, with a linear head. It starts at
+   V = 0, of which whitening makes reward minus mean reward: until the critic knows more, the batch is the baseline.
 3. It prints no KL term. Here k3 is in the loss, as in grpo.py, and not in the reward, as in InstructGPT: the critic has
    one thing to foresee, the outcome, and its explained variance says how well; and whitening cannot blow the penalty up
    to full size in a batch whose outcomes hardly differ. The price: no token is blamed for the KL of those after it.
@@ -23,13 +23,17 @@ What differs from the paper and why:
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
 """
+import random
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from policy import Completion, Policy, spread
+from policy import Completion, Policy, pad_right, spread
+from run import Run, optimizer_tensors, random_state, restore_optimizer, restore_random_state
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Config:
     critic_lr: float = 5e-3  # a few times lr: the critic has to keep up with a policy that moves
     warmup: int = 5  # steps until the learning rates are reached
     clip: float = 0.2
-    value_clip: float = 0.2  # a value may gain this much in a step; 0: no limit
+    value_clip: float = 0.2  # a value may come this much closer to its return in a step; 0: no limit
     gamma: float = 1.0  # discount
     lam: float = 1.0  # GAE's lambda: 1 trusts the outcome, 0 the critic's next value
     beta: float = 0.01  # weight of the KL penalty
@@ -73,8 +77,8 @@ class Rollouts:
     """One step's completions, and all that is known of them before the update."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids
-    logp_old: torch.Tensor  # (N, C), like all below
-    logp_ref: torch.Tensor
+    mask: torch.Tensor  # (N, C), like all below
+    logp_old: torch.Tensor
     values_old: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -109,8 +113,8 @@ class Critic(nn.Module):
 # ------------------------------------------------------------------------------------------------ the algorithm
 
 def terminal_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Each completion's reward at its last sampled token, its EOS: [1.], [[1, 1, 0]] -> [[0., 1., 0.]]. (N,) -> (N, C)"""
-    # A completion that was cut off ends here too, without a bootstrap: it is judged as it stands, nothing is to come.
+    """The reward of each completion at its last sampled token: [1.], [[1, 1, 0]] -> [[0., 1., 0.]]. (N,) -> (N, C)"""
+    # That is the EOS, or where a completion was cut off. No bootstrap there: it is judged as it stands.
     per_token = torch.zeros(mask.shape, device=mask.device)
     return per_token.scatter(1, mask.sum(dim=1, keepdim=True) - 1, rewards[:, None])
 
@@ -130,7 +134,8 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
-    """Mean 0 and deviation 1 over all sampled tokens of the batch; padding neither counts nor is changed from 0."""
+    """Mean 0 and deviation 1 over all sampled tokens of the batch; padding does not count, and is 0."""
+    # If all outcomes are alike, what is left is the critic's error, now of full size; GRPO leaves such groups out.
     real = values[mask]
     return ((values - real.mean()) / (real.std(correction=0) + eps)).where(mask, 0)
 
@@ -152,22 +157,23 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
 
 def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
     """
-    J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }  (1707.06347, eq. 7)
-    logp, logp_old, logp_ref, advantages, mask (N, C). Returns -J per row (N,), and per token (N, C) the KL and whether
-    the clip took the gradient away. The mean over a completion first, as in grpo.py: long ones do not weigh more.
+    J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
+    (1707.06347, eq. 7, with a mean over a completion before that over completions, as in grpo.py.)
+    logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns -J per row (N,), and
+    per token (N, C) the KL and whether the clip took the gradient away.
     """
     A = advantages  # one number for each token
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
     clipped = rho.clamp(1 - clip, 1 + clip) * A
-    kl = kl_k3(logp, logp_ref)
+    kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
     objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
     return -row_means(objective, mask), kl.detach(), (clipped < rho * A).detach()
 
 
 def value_loss(values, values_old, returns, mask, clip):
     """
-    1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: the gradient ends where V has left the
-    band towards R (or beyond). Not in the paper of PPO but in OpenAI's code of it. (N, C) x 4 -> (N,)
+    1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: the gradient ends where V has left
+    the band towards R. Not in the paper of PPO but in OpenAI's code of it. (N, C) x 4 -> (N,)
     """
     error = (values - returns) ** 2
     if clip > 0:
@@ -179,3 +185,152 @@ def value_loss(values, values_old, returns, mask, clip):
 def row_means(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(N, C) -> (N,)"""
     return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def rows_of(groups: list[int], G: int) -> list[int]:
+    """Groups are blocks of G rows: [0, 2], 3 -> [0, 1, 2, 6, 7, 8]"""
+    return [i * G + g for i in groups for g in range(G)]
+
+
+def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
+    """Some groups of the rollouts, padded to the longest completion among them."""
+    completions = [rollouts.completions[i] for i in groups]
+    rows, width = rows_of(groups, len(completions[0])), max(len(ids) for group in completions for ids in group)
+    tensors = rollouts.mask, rollouts.logp_old, rollouts.values_old, rollouts.advantages, rollouts.returns
+    return Rollouts([rollouts.prompts[i] for i in groups], completions, *(tensor[rows, :width] for tensor in tensors))
+
+
+def backward(policy: Policy, critic: Critic, part: Rollouts, num_rows: int, adapter: str,
+             config: Config) -> dict[str, float]:
+    """Adds the gradients of some groups' share in both losses over `num_rows` completions; returns sums over tokens."""
+    logp_ref = None
+    if config.beta > 0:
+        with torch.no_grad(), policy.using(None):
+            logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
+    with policy.using(adapter):
+        logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
+    losses, kl, is_clipped = ppo_loss(logp, part.logp_old, logp_ref, part.advantages, mask, config.clip, config.beta)
+    (losses.sum() / num_rows).backward()
+    values = critic(part.prompts, part.completions)
+    errors = value_loss(values, part.values_old, part.returns, mask, config.value_clip)
+    (errors.sum() / num_rows).backward()  # a coefficient would do nothing: Adam divides the critic's scale out
+    per_token = {"kl": kl, "clip_rate": is_clipped, "entropy": entropy, "value_loss": errors.detach()[:, None],
+                 "tokens": torch.ones_like(logp)}  # a row's mean error at each of its tokens adds up to its sum
+    return {name: (numbers * mask).sum().item() for name, numbers in per_token.items()}
+
+
+def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapter: str, config: Config,
+           rng: random.Random) -> dict[str, float]:
+    """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
+    groups = list(range(len(rollouts.prompts)))
+    sums = dict.fromkeys(("kl", "clip_rate", "entropy", "value_loss", "tokens"), 0.0)
+    norms = []
+    for _ in range(config.epochs):
+        rng.shuffle(groups)
+        size = config.minibatch or len(groups)
+        for at in range(0, len(groups), size):
+            batch = pick(rollouts, groups[at:at + size])
+            num_rows = len(batch.mask)
+            optimizer.zero_grad(set_to_none=True)
+            for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
+                for name, value in backward(policy, critic, pick(batch, indices), num_rows, adapter, config).items():
+                    sums[name] += value
+            both = [torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)  # the actor's, the critic's
+                    for group in optimizer.param_groups]
+            if not all(torch.isfinite(norm) for norm in both):
+                raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype float32")
+            norms.append(both[0].item())
+            optimizer.step()
+    count = max(1.0, sums.pop("tokens"))
+    return {name: value / count for name, value in sums.items()} | {"grad_norm": sum(norms) / max(1, len(norms))}
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+@torch.no_grad()
+def rollouts_of(critic: Critic, prompts, groups: list[list[Completion]], rewards: torch.Tensor,
+                config: Config) -> Rollouts:
+    """Completions, rewards and values as tensors. The log-probs of sampling serve as logp_old: not scored again."""
+    flat = [completion for group in groups for completion in group]
+    completions = [[completion.ids for completion in group] for group in groups]
+    policy, G = critic.policy, len(groups[0])
+    mask = pad_right([[True] * len(completion.ids) for completion in flat], False, torch.bool).to(policy.device)
+    logp_old = pad_right([completion.logps for completion in flat], 0.0, torch.float32).to(policy.device)
+    values = torch.zeros_like(logp_old)
+    for indices in policy.micro_batches(prompts, completions, config.micro_batch_tokens):
+        some = critic([prompts[i] for i in indices], [completions[i] for i in indices])
+        values[rows_of(indices, G), :some.shape[1]] = some
+    per_token = terminal_rewards(rewards.flatten().to(policy.device), mask)
+    advantages = gae(per_token, values, mask, config.gamma, config.lam)
+    returns = advantages + values  # before whitening: the critic is to learn rewards, not z-scores
+    return Rollouts(prompts, completions, mask, logp_old, values, whiten(advantages, mask), returns)
+
+
+def train_step(policy: Policy, critic: Critic, task: Task, optimizer, adapter: str, config: Config, step: int, rng):
+    """Steps 1 to 6 of the list above. Returns the step's metrics and its rollouts as a person would read them."""
+    start = time.time()
+    for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr), strict=True):
+        group["lr"] = lr * min(1.0, step / max(1, config.warmup))
+    episodes = task.batch(step)
+    with policy.using(adapter):
+        groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,
+                               config.temperature)
+    rewards, extra, samples = task.rewards(episodes, groups)  # (P, G)
+    rollouts = rollouts_of(critic, [episode.prompt for episode in episodes], groups, rewards, config)
+    learned = update(policy, critic, optimizer, rollouts, adapter, config, rng)
+    flat = [completion for group in groups for completion in group]
+    deviations = rewards.std(dim=1, correction=min(1, config.group_size - 1))  # 0 in groups of one
+    metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": deviations.mean().item(),
+               "zero_std_rate": (deviations == 0).float().mean().item(), **learned,
+               "explained_variance": explained_variance(rollouts.values_old, rollouts.returns, rollouts.mask),
+               "lr": optimizer.param_groups[0]["lr"],
+               "completion_tokens": sum(len(completion.ids) for completion in flat) / len(flat),
+               "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat),
+               **extra, "seconds": time.time() - start}
+    return metrics, [{"step": step, **sample} for sample in samples]
+
+
+def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
+    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if the run has one."""
+    rng = random.Random(config.seed)
+    critic = Critic(policy, like=adapter)
+    parameters = [*policy.parameters(adapter), *critic.parameters()]
+    optimizer = torch.optim.AdamW([{"params": policy.parameters(adapter)}, {"params": list(critic.parameters())}],
+                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    begun = run.load()
+    if begun:
+        done, tensors, state = begun
+        restore(parameters, optimizer, tensors, state, rng)
+    else:
+        done = 0
+        report(run, task.evaluate("untrained", 0))
+    for step in tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None):
+        metrics, samples = train_step(policy, critic, task, optimizer, adapter, config, step, rng)
+        run.log(metrics)
+        run.samples(samples)
+        tqdm.write(run.line(step, metrics))
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            save(run, step, parameters, optimizer, rng)
+    if done < config.steps:
+        policy.save_adapter(adapter, run.folder / "adapter")
+        report(run, task.evaluate("trained", config.steps))
+
+
+def report(run: Run, results: list[dict]) -> None:
+    for result in results:
+        run.log(result)
+        tqdm.write(run.line(result["step"], result))
+
+
+def save(run: Run, step: int, parameters, optimizer, rng) -> None:
+    """What `restore` needs to go on with the same numbers."""
+    tensors = {f"adapter.{i}": parameter for i, parameter in enumerate(parameters)}
+    run.save(step, tensors | optimizer_tensors(optimizer), {"random": random_state(rng=rng)})
+
+
+def restore(parameters, optimizer, tensors, state, rng) -> None:
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"adapter.{i}"])
+    restore_optimizer(optimizer, tensors)
+    restore_random_state(state["random"], rng=rng)

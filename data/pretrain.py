@@ -3,6 +3,7 @@ Makes the tiny default model from nothing: tokenizer, weights, model card. About
 
     python -m data.pretrain                          # writes data/tiny
     python -m data.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
+    python -m data.pretrain --init /tmp/tiny --tokens 20e6   # go on from a finished model
 
 The model is a 1.5M-parameter Qwen2. Three things make copying possible at this size (nothing else did):
 1. Heads that look 1, 2 and 3 tokens back are there from the start, set by the biases of layer 0's queries and keys.
@@ -11,10 +12,12 @@ The model is a 1.5M-parameter Qwen2. Three things make copying possible at this 
 `data/lessons.py` says what it is taught; the gate below measures it, and the model card quotes the gate.
 """
 import argparse
+import copy
 import json
 import math
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -83,6 +86,13 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>",
               "model_max_length": tokenizer.model_max_length, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_model(model, folder: Path) -> None:
+    """In float16; the copy in training stays as it is. `eager` attention was only for training's backward pass."""
+    saved = copy.deepcopy(model).half().cpu()
+    saved.config._attn_implementation = "sdpa"
+    saved.save_pretrained(folder)
 
 
 def name_pieces(tokenizer) -> list[str]:
@@ -211,20 +221,29 @@ def step(model, optimizers, ids, learned, scale: float):
     return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
 
 
-def pretrain(model, tokenizer, total: float, batch_tokens: int, seed: int, device: str, checkpoint=None) -> None:
-    """`total` tokens of lessons; the learning rate is flat for 30 %, then falls linearly to 1 %."""
-    rng, start, seen, steps, smooth = random.Random(seed), time.time(), 0, 0, None
-    optimizers = make_optimizers(model, 2e-3, 0.02)
-    for i in range(400):  # copying first
-        ids, learned = padded([copy_lesson(rng, len(tokenizer), 8 if i < 130 else 20) for _ in range(64)])
+def learn_to_copy(model, optimizers, rng, vocab_size: int, device: str) -> None:
+    """400 batches of random tokens to be repeated."""
+    for i in range(400):
+        ids, learned = padded([copy_lesson(rng, vocab_size, 8 if i < 130 else 20) for _ in range(64)])
         loss, accuracy = step(model, optimizers, ids.to(device), learned.to(device), min(1.0, (i + 1) / 50))
         if i % 100 == 99:
             print(f"copying {i + 1:4d}  loss {loss:.3f}  accuracy {accuracy:.3f}", flush=True)
-    draw = lessons.lesson_drawer(name_pieces(tokenizer))
-    next_gate = 0.1
-    while seen < total:
-        for ids, learned in batches(rng, tokenizer, draw, seen / total, batch_tokens):
-            progress = min(1.0, seen / total)
+
+
+def pretrain(model, tokenizer, args, begin: float) -> None:
+    """
+    `args.tokens` tokens of lessons, from progress `begin` (0: from scratch) to 1. The learning rate is flat until
+    progress 0.3, then falls linearly to 1 %; the lessons follow the same progress.
+    """
+    rng, start, seen, steps, smooth = random.Random(args.seed), time.time(), 0, 0, None
+    optimizers, device = make_optimizers(model, 2e-3, 0.02), args.device
+    if begin == 0:
+        learn_to_copy(model, optimizers, rng, len(tokenizer), device)
+    draw, next_gate = lessons.lesson_drawer(name_pieces(tokenizer)), 0.1
+    while seen < args.tokens:
+        progress = begin + (1 - begin) * seen / args.tokens
+        for ids, learned in batches(rng, tokenizer, draw, progress, args.batch_tokens):
+            progress = min(1.0, begin + (1 - begin) * seen / args.tokens)
             scale = min(1.0, (steps + 1) / 50) * (1.0 if progress < 0.3 else max(0.01, (1 - progress) / 0.7))
             loss, _ = step(model, optimizers, ids.to(device), learned.to(device), scale)
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
@@ -233,11 +252,10 @@ def pretrain(model, tokenizer, total: float, batch_tokens: int, seed: int, devic
                 spent = time.time() - start
                 print(f"step {steps:6d}  {seen / 1e6:6.2f}M tokens  loss {smooth:.4f}  {seen / spent:.0f} tokens/s  "
                       f"{spent:.0f} s", flush=True)
-        if seen / total > next_gate:
+        if seen / args.tokens > next_gate:
             next_gate += 0.1
             print("  gate", json.dumps(gate(model, tokenizer, "test", 60)), flush=True)
-            if checkpoint:
-                torch.save(model.state_dict(), checkpoint)
+            save_model(model, args.out / "unfinished")
 
 
 # ---------------------------------------------------------------------------------------------- gate
@@ -377,6 +395,7 @@ def model_card(model, results: dict[str, dict[str, float]], args) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--out", default=Path(__file__).parent / "tiny", type=Path)
+    parser.add_argument("--init", type=Path, help="folder of a finished model to go on from, at progress 0.45")
     parser.add_argument("--tokens", default=30e6, type=float, help="tokens of lessons (30e6)")
     parser.add_argument("--batch-tokens", default=4096, type=int, help="padded tokens a step (4096)")
     parser.add_argument("--vocabulary", default=2048, type=int)
@@ -385,17 +404,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.vocabulary, random.Random(args.seed))
-    save_tokenizer(tokenizer, args.out)
-    model = make_model(len(tokenizer)).to(args.device)
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation="eager")
+    else:
+        tokenizer = make_tokenizer(args.vocabulary, random.Random(args.seed))
+        model = make_model(len(tokenizer))
+    model.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, "
           f"{len(name_pieces(tokenizer))} name pieces, seed {args.seed}", flush=True)
-    pretrain(model, tokenizer, args.tokens, args.batch_tokens, args.seed, args.device, args.out / "unfinished.pt")
-    model.eval()
-    results = {split: gate(model, tokenizer, split, 300) for split in ("test", "pseudo")}
-    model.config._attn_implementation = "sdpa"
-    model.half().save_pretrained(args.out)
-    (args.out / "unfinished.pt").unlink(missing_ok=True)
+    pretrain(model, tokenizer, args, 0.45 if args.init else 0.0)
+    results = {split: gate(model.eval(), tokenizer, split, 300) for split in ("test", "pseudo")}
+    save_tokenizer(tokenizer, args.out)
+    save_model(model, args.out)
+    shutil.rmtree(args.out / "unfinished", ignore_errors=True)
     (args.out / "README.md").write_text(model_card(model, results, args))
     print(json.dumps(results, indent=1))
 

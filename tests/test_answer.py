@@ -1,0 +1,260 @@
+"""The Answer Agent's retrieval, prompt and parser by hand and under fire; its metrics against Mem0's own numbers."""
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import answer
+from answer import Answer, ask, bleu1, by_speaker, exact_match, f1, messages, normalize, parse, retrieve, speakers_asked
+from memory import Memory, MemoryBank, make_embedder
+
+HASH = make_embedder("hash")
+PAIR = ("Jon", "Gina")
+ORACLE = Path(__file__).parents[1] / "../shared/data/metric_oracle.json"
+FUZZ = settings(max_examples=2500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def talk(num_each):
+    """Jon's and Gina's memories in turns; every third is about a dog."""
+    bank = MemoryBank(HASH)
+    for i in range(num_each):
+        for speaker in PAIR:
+            what = f"dog number {i}" if i % 3 == 0 else f"trip {i} to Rome"
+            bank.add(f"{speaker} spoke of a {what}.", speaker, f"{i + 1} May 2023")
+    return bank
+
+
+# --- retrieval and prompt ---
+
+def test_prompt_by_hand():
+    memories = [Memory(7, "Jon drives a Kia\ncar.", "Jon", "3 June 2023"), Memory(5, "Gina sings.", "Gina", ""),
+                Memory(2, "Jon has a dog.", "Jon", "8 May 2023")]
+    system, user = messages(memories, PAIR, "Which car\ndoes Jon drive?")
+    assert system == {"role": "system", "content": answer.SYSTEM} and user == {"role": "user", "content": (
+        "memories of Jon:\n"
+        "1 (8 May 2023) Jon has a dog.\n"
+        "2 (3 June 2023) Jon drives a Kia car.\n"
+        "memories of Gina:\n"
+        "3 Gina sings.\n"
+        "question: Which car does Jon drive?\n"
+        "relevant memories, then the answer:")}
+    system, user = messages([], PAIR, "Why?", distill=False)
+    assert system["content"] == answer.SYSTEM_PLAIN != answer.SYSTEM and "relevant:" not in system["content"]
+    assert user["content"] == "memories:\nnone\nquestion: Why?\nthe answer alone:"
+
+
+def test_by_speaker_is_in_the_order_of_the_speakers_and_of_time():
+    one, two, three = Memory(9, "c", "Jon", ""), Memory(1, "a", "Jon", ""), Memory(3, "b", "Gina", "")
+    shown = by_speaker([one, two, three], ("Gina", "Jon", "Eve"))
+    assert list(shown.items()) == [("Gina", [three]), ("Jon", [two, one])]
+
+
+@pytest.mark.parametrize("question, named", [
+    ("Where is Jon?", ("Jon",)), ("What did Gina tell JON?", PAIR), ("Where is gina's cat?", ("Gina",)), ("Why?", PAIR),
+    ("Who is Jonas?", PAIR), ("Is Regina here?", PAIR), ("", PAIR)])
+def test_speakers_asked(question, named):
+    assert speakers_asked(question, PAIR) == named
+
+
+def test_speakers_whose_names_are_patterns_or_not_ascii():
+    assert speakers_asked("Does A+ know Zoë?", ("A.", "Zoë")) == ("Zoë",)
+    assert speakers_asked("Is it Ab?", ("A.", "(b")) == ("A.", "(b")
+
+
+def test_retrieve_gives_the_best_of_each_speaker():
+    bank, question = talk(45), "Which dog does Gina speak of?"
+    found = retrieve(bank, question, PAIR, 30)
+    scores = [score for _, score in found]
+    assert len(found) == 60 and scores == sorted(scores, reverse=True)
+    for speaker in PAIR:
+        own = [(memory, score) for memory, score in found if memory.speaker == speaker]
+        assert own == bank.search_scored(question, 30, speaker=speaker) and len(own) == 30
+    dogs = {memory.text for memory, _ in found if "dog" in memory.text}
+    assert len(dogs) == 30, "15 of each"
+    assert {memory.speaker for memory, _ in retrieve(bank, question, PAIR, 30, named_only=True)} == {"Gina"}
+    assert len(retrieve(bank, "Which dog?", PAIR, 30, named_only=True)) == 60
+    floor = scores[29]
+    assert retrieve(bank, question, PAIR, 30, floor=floor) == [pair for pair in found if pair[1] >= floor]
+    assert retrieve(bank, question, PAIR, 30, floor=2.0) == [] == retrieve(MemoryBank(HASH), question, PAIR, 30)
+
+
+def test_ask_drops_the_lowest_ranked_and_shows_what_it_kept(fake):
+    bank, question, policy = talk(6), "Which dog does Jon speak of?", fake()
+    ranked = [memory for memory, _ in retrieve(bank, question, PAIR, 4)]
+    whole = ask(policy, bank, question, PAIR, 4)
+    assert whole.dropped == 0 and len(whole.shown) == len(ranked) == 8
+    for limit in range(0, len(whole.prompt) + 3, 7):
+        asked = ask(policy, bank, question, PAIR, 4, max_prompt_tokens=limit)
+        kept = ranked[:len(ranked) - asked.dropped]
+        assert asked.shown == [memory for own in by_speaker(kept, PAIR).values() for memory in own]
+        assert policy.chats[tuple(asked.prompt)] == messages(kept, PAIR, question)
+        assert not limit or len(asked.prompt) <= limit or not kept
+        assert f"question: {question}" in policy.chats[tuple(asked.prompt)][1]["content"]
+    lines = policy.chats[tuple(whole.prompt)][1]["content"].splitlines()
+    for number, memory in enumerate(whole.shown, 1):  # the numbers of the prompt are places in `shown`
+        assert f"{number} ({memory.time}) {memory.text}" in lines
+
+
+def test_answers_in_order_by_the_named_role(fake):
+    words = ["red", "blue", "red"]
+    policy = fake(lambda messages: "relevant: 1\nanswer: " + messages[1]["content"].splitlines()[-2].split()[1])
+    asked = [ask(policy, talk(2), word, PAIR, 2) for word in words]
+    assert answer.answer_all(policy, asked, "answer", 33) == [Answer(word, (1,), True) for word in words]
+    assert policy.calls == [("answer", 3, (1, 33, 0))] and policy.role == "nobody"
+    assert answer.answer_all(policy, [], "answer", 33) == [] and len(policy.calls) == 1
+
+
+def test_identical_prompts_are_answered_once(tiny):
+    policy, shapes = tiny(), []
+    asked = [ask(policy, MemoryBank(HASH), question, PAIR, 2) for question in ("Why?", "How?", "Why?", "Why?")]
+    forward = policy.model.forward
+    policy.model.forward = lambda **inputs: (shapes.append(tuple(inputs["input_ids"].shape)), forward(**inputs))[1]
+    answers = answer.answer_all(policy, asked, "agent", 3)
+    assert shapes[0] == (2, len(asked[0].prompt)) and all(rows <= 2 for rows, _ in shapes)
+    assert answers[0] == answers[2] == answers[3]
+
+
+# --- parsing ---
+
+@pytest.mark.parametrize("completion, expected", [
+    ("relevant: 2, 5\nanswer: a beach in Spain", Answer("a beach in Spain", (2, 5), True)),
+    ("1 none\n2 Kia\nanswer: Kia", Answer("Kia", (2,), True)),
+    ("1 Rex\n2 None.\n3: Kia\n4) none\n5. a, b\nanswer: x", Answer("x", (1, 3, 5), True)),
+    ("relevant: none\nanswer: x", Answer("x", (), True)),
+    ("Relevant memories: 12, 3, 12\nAnswer: x", Answer("x", (12, 3), True)),
+    ("**Relevant memories:** 1 and 4\n\n**Answer:** beach", Answer("beach", (1, 4), True)),
+    ("  ANSWER :  7 May,  2023 \n", Answer("7 May, 2023", (), True)),
+    ("Final answer: 5", Answer("5", (), True)),
+    ("answer: x\r\n", Answer("x", (), True)),
+    ("answer: first\nNo, wait.\nrelevant: 3\nanswer: last", Answer("last", (3,), True)),
+    ("answer: x\n2 Kia\nrelevant: 9", Answer("x", (), True)),  # what comes after the answer selects nothing
+    ("answer: a:b: c", Answer("a:b: c", (), True)),
+    ("answer: " + "y" * 1200, Answer("y" * 1000, (), True)),
+    ("answer: café 北京 \ud800", Answer("café 北京 \ud800", (), True)),
+    ("answer:", Answer("", (), False)), ("answer:  * \n", Answer("", (), False)),
+    ("relevant: 1\nanswer:\nKia", Answer("", (1,), False)),
+    ("", Answer("", (), False)), ("Kia", Answer("", (), False)), ("relevant: 1, 2", Answer("", (), False)),
+    ("My answer is Kia", Answer("", (), False)), ("the answer: Kia", Answer("", (), False)),
+    ("answering: Kia", Answer("", (), False))])
+def test_parse(completion, expected):
+    assert parse(completion) == expected
+
+
+pieces = st.one_of(st.text(st.characters(codec=None, exclude_categories=[]), max_size=12),
+                   st.sampled_from(["answer:", "Answer : ", "\n", "\n1 none", "\n2 Kia", "relevant: ", "1, 2", "**",
+                                    "٣ x", "9" * 30, "final ", "\r", "\u2028", "none", " ", "\t"]))
+
+
+@pytest.mark.parametrize("completions", [st.text(st.characters(codec=None, exclude_categories=[])),
+                                         st.lists(pieces, max_size=9).map("".join)], ids=["any", "likely"])
+def test_any_text_gives_an_answer(completions):
+    seen = []
+
+    @given(completions)
+    @FUZZ
+    def run(completion):
+        found = parse(completion)
+        assert found.is_valid == bool(found.text) and len(found.text) <= 1000 and len(found.text.splitlines()) <= 1
+        assert "answer" in completion.lower() or not found.text
+        assert found.text in " ".join(completion.replace("*", "").split()), "not a word that is not there"
+        assert len(set(found.selected)) == len(found.selected) and all(0 <= n <= 9999 for n in found.selected)
+        seen.append(found)
+
+    run()
+    assert len(seen) >= 2500
+
+
+@pytest.mark.parametrize("unit", ["answer", "answer:", " ", "\t", "\n", "1 ", "1 none\n", "relevant: 1,", "*", "final ",
+                                  "1", "\r", "answer: x\n", "\nanswer \t", " 1\n", "relevant:\n"])
+def test_a_megabyte_is_read_at_once(unit):
+    begin = time.process_time()
+    parse(unit * (10**6 // len(unit)))
+    parse(unit * (10**4 // len(unit)) + "\nanswer: x")
+    assert time.process_time() - begin < 0.3
+
+
+# --- metrics ---
+
+@pytest.mark.parametrize("text, expected", [
+    ("7 May, 2023.", "7 may 2023"), ("  The Beach!  ", "beach"), ("a dog and an ox", "dog and ox"),
+    ("theatre", "theatre"), ("“Nothing is Impossible”", "nothing is impossible"), ("Melanie’s kids", "melanies kids"),
+    ("well-known", "well known"), ("2020–2022", "2020 2022"), ("yes—definitely", "yes definitely"), ("$5", "5"),
+    ("−5", "5"), ("red/blue", "red blue"), ("ÉCOLE", "école"), ("e\u0301cole", "école"), ("ﬁre", "fire"),
+    ("soft\u00adware", "software"), ("a\u00a0b\u3000c", "b c"), ("北京。", "北京"), ("２０２２", "2022"), ("", ""),
+    ("The", ""), ("?!", "")])
+def test_normalize(text, expected):
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize("one, other, expected", [
+    ("7 May, 2023", "7 May 2023", 1), ("２０２２", "2022", 1), ("“Scout”", '"scout"', 1), ("2022", 2022, 1),
+    ("well-known", "well known", 1), ("the beach", "Beach.", 1), ("Buddy and Scout", "Scout and Buddy", 0),
+    ("", "", 0), ("?", "!", 0), ("the", "a", 0), ("", "beach", 0), ("7 May 2023", "8 May 2023", 0),
+    ("beach", "beaches", 0)])
+def test_exact_match(one, other, expected):
+    assert exact_match(one, other) == exact_match(other, one) == expected and type(exact_match(one, other)) is float
+
+
+def test_metrics_by_hand():
+    assert f1("dog dog cat", "cat") == pytest.approx(2 / 3) and f1("Yes. She did!", "she did") == pytest.approx(4 / 5)
+    assert f1("", "") == f1("", "a") == f1("a", "") == f1("...", "...") == f1("a", "b") == 0.0
+    assert f1("A, b", "b a") == 1.0
+    assert bleu1("the cat cat", "cat") == pytest.approx(1 / 3), "matches are clipped to the reference's counts"
+    assert bleu1("beach", "the sandy beach in Hawaii") == pytest.approx(2.718281828459045 ** -4)
+    assert bleu1("", "") == bleu1("a", "") == bleu1("", "a") == bleu1("a", "b") == 0.0
+    assert bleu1("It's 5.", "it's 5.") == 1.0
+    assert answer.tokens("It's 5.") == ["it", "'s", "5", "."]
+
+
+@given(st.text(), st.text())
+@settings(deadline=None, derandomize=True, max_examples=400)
+def test_metrics_are_shares(one, other):
+    for metric in (exact_match, f1, bleu1):
+        assert 0 <= metric(one, other) <= 1
+        assert metric(one, one) in (0, 1) and metric(one, one) == bool(metric(one, one))
+    assert f1(one, other) == f1(other, one) and exact_match(one, other) == exact_match(other, one)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if not ORACLE.is_file():
+        pytest.skip(f"no {ORACLE}: Mem0's own numbers are not part of the repository")
+    found = json.loads(ORACLE.read_text())["rows"]
+    assert len(found) > 50
+    return [(row["tag"], str(row["prediction"]), str(row["reference"]), row["oracle"]) for row in found]
+
+
+def test_f1_is_that_of_mem0(rows):
+    for tag, prediction, reference, oracle in rows:
+        assert f1(prediction, reference) == pytest.approx(oracle["mem0_f1"], abs=1e-9), tag
+
+
+def test_exact_match_is_milder_than_that_of_mem0(rows):
+    """It forgives all that Mem0's forgives, but for answers of punctuation alone, and these formats beyond."""
+    ours = {tag for tag, prediction, reference, _ in rows if exact_match(prediction, reference)}
+    theirs = {tag for tag, _, _, oracle in rows if oracle["mem0_em"]}
+    assert theirs - ours == {"punct-only-same"}
+    assert ours - theirs == {
+        "article-the", "question-mark", "date-relative", "date-relative2", "date-quote", "float-comma",
+        "negative-number", "apostrophe-curly", "curly-quotes", "parens", "em-dash", "en-dash-range", "fullwidth-digits",
+        "german-ligature", "multi-sentence", "multi-sentence-abbrev", "mid-token-dot", "hash"}
+
+
+def test_bleu1_is_that_of_mem0_on_the_words_of_nltk(rows):
+    for tag, prediction, reference, oracle in rows:
+        words = {prediction: oracle["nltk_tokens_pred"], reference: oracle["nltk_tokens_ref"]}
+        assert bleu1(prediction, reference, words.get) == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), tag
+
+
+def test_our_words_are_those_of_nltk_but_for_these(rows):
+    """nltk keeps -5, dr., p.m., ... and // in one piece and writes straight quotes as `` and ''."""
+    odd = {tag: abs(bleu1(prediction, reference) - oracle["mem0_bleu1"]) for tag, prediction, reference, oracle in rows
+           if [answer.tokens(prediction), answer.tokens(reference)]
+           != [oracle["nltk_tokens_pred"], oracle["nltk_tokens_ref"]]}
+    assert odd.keys() == {"negative-number", "curly-quotes", "unicode-cjk-punct", "turkish-i", "punct-only-same",
+                          "multi-sentence-abbrev", "url"}
+    assert {tag for tag, off in odd.items() if off > 1e-9} == {
+        "negative-number", "unicode-cjk-punct", "multi-sentence-abbrev", "url"}

@@ -1,0 +1,307 @@
+"""The synthetic world against a replay by a dictionary, a reader of its own, and the claims of its docstring."""
+import random
+import re
+from collections import Counter
+from datetime import datetime
+
+import pytest
+
+from data import UsageError, load, synthetic
+from data.synthetic import SPLITS, WORDS, WORLD, Entry, World, deal_words, memory_text, pseudo_word, read
+
+TEMPLATES = {name: spec["memory"] for key in ("attributes", "events") for name, spec in WORLD[key].items()}
+
+
+@pytest.fixture(scope="module")
+def talks():
+    return load("synthetic", "train", count=200, seed=7, num_turns=20)
+
+
+def said(dialogues):
+    """All that is said, stored, asked and answered."""
+    turns = [text for dialogue in dialogues for turn in dialogue.turns
+             for text in (turn.text, turn.fact, turn.operation.old_memory, turn.operation.text)]
+    return turns + [text for dialogue in dialogues for q in dialogue.questions for text in (q.text, q.answer)]
+
+
+def words(text):
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+# --- words and phrasings ---
+
+def test_same_arguments_same_dialogues():
+    assert synthetic.load("train", 3, seed=4, num_turns=9) == synthetic.load("train", 3, seed=4, num_turns=9)
+    assert synthetic.load("train", 5, seed=4, num_turns=9)[:3] == synthetic.load("train", 3, seed=4, num_turns=9)
+    assert deal_words() == WORDS
+    found = [synthetic.load(split, 2, seed, 9, phrasing)[i] for split in (*SPLITS, "pseudo") for seed in (0, 1)
+             for phrasing in ("seen", "unseen") for i in (0, 1)]
+    assert len({dialogue.turns for dialogue in found}) == len({dialogue.id for dialogue in found}) == len(found) == 40
+
+
+def test_unknown_split_is_one_line():
+    with pytest.raises(UsageError, match="no split 'dev'.*train") as error:
+        load("synthetic", "dev")
+    assert "\n" not in str(error.value)
+
+
+def test_every_word_belongs_to_one_split():
+    pools = {pool: text.split() if pool == "person" else text.split(",") for pool, text in WORLD["pools"].items()}
+    home = {}
+    for split in SPLITS:
+        for dealt in WORDS[split].values():
+            assert len(dealt) == len(set(dealt)) >= 6 and all(word == word.strip() != "" for word in dealt)
+            for word in dealt:
+                assert home.setdefault(word.casefold(), split) == split, word
+    assert {word.casefold() for pool in pools.values() for word in pool} == home.keys()
+    for pool, every in pools.items():
+        assert sorted(every) == sorted(word for split in SPLITS for word in WORDS[split][pool])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_dialogues_say_no_value_of_another_split(split):
+    """Every name and value is the split's own; two glued where a pool has run dry."""
+    own = {word.casefold() for pool in WORDS[split].values() for word in pool}
+    patterns = [re.compile(re.escape(template).replace(r"\{p\}", "(.+?)").replace(r"\{v\}", "(.+)") + "$")
+                for template in TEMPLATES.values()]
+    for dialogue in synthetic.load(split, 60, num_turns=30):
+        values = set(dialogue.speakers)
+        for turn in dialogue.turns:
+            if turn.operation.text:
+                [found] = {pattern.match(turn.operation.text).groups() for pattern in patterns
+                           if pattern.match(turn.operation.text)}
+                values |= {found[0], *found[1].split(" and ")}
+        for value in values:
+            halves = [(value[:i], value[i + 1:]) for i, char in enumerate(value) if char == " "]
+            assert value.casefold() in own or any({a.casefold(), b.casefold()} <= own for a, b in halves), value
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_words_of_other_splits_do_not_occur(split):
+    """Nor as a part of a longer value, or in a phrasing."""
+    heard = {word for text in said(synthetic.load(split, 100, num_turns=30)) for word in words(text)}
+    foreign = {word.casefold() for other in SPLITS if other != split for pool in WORDS[other].values() for word in pool}
+    assert heard & foreign == set()
+
+
+def phrasings():
+    """(name, list) of every list of phrasings in the world."""
+    yield from WORLD["frames"].items()
+    yield "chat", WORLD["chat"]
+    yield "pair", synthetic.PAIR_FRAMES
+    for key in ("attributes", "events"):
+        for name, spec in WORLD[key].items():
+            for kind, options in spec.items():
+                if isinstance(options, list) and kind != "open":  # open questions are asked of "seen" talk alone
+                    yield f"{name} {kind}", [option[0] if kind == "wish" else option for option in options]
+
+
+def lines_like(option, lines):
+    """Lines that hold a phrasing: '{v} is my sister' finds 'As I said, Ann is my sister.'"""
+    parts = [part.casefold() for part in re.split(r"\{\w\}", option)]
+    longest, pattern = max(parts, key=len), re.compile(r"(?<!\w)" + r"\w.*".join(map(re.escape, parts)) + r"(?!\w)")
+    return [line for line in lines if longest in line and pattern.search(line)]
+
+
+def heard(phrasing):
+    talks = [talk for split in ("train", "pretrain") for talk in synthetic.load(split, 100, 0, 30, phrasing)]
+    lines = [turn.text for talk in talks for turn in talk.turns]
+    return {line.casefold() for line in lines + [question.text for talk in talks for question in talk.questions]}
+
+
+def test_the_last_phrasings_are_heard_only_unseen():
+    seen, unseen = heard("seen"), heard("unseen")
+    assert not {name for name, options in phrasings() if not lines_like(options[-1], unseen)}, "never heard at all"
+    assert not {option for _, options in phrasings() for option in options[:-1] if not lines_like(option, seen)}
+    sentences = ("ask", "talk", "more", "drop", "chat", "pair")  # of these, none is a part of another
+    whole = [options for name, options in phrasings() if name.split()[-1] in sentences]
+    assert not {option for options in whole for option in options[:-1] if lines_like(option, unseen)}
+    assert {name for name, options in phrasings() if lines_like(options[-1], seen)} == set(), "the last one was seen"
+
+
+# --- turns and operations ---
+
+def replay(dialogue):
+    """The known bank after every turn, as a dict {(speaker, text): time}."""
+    bank, banks = {}, []
+    for turn in dialogue.turns:
+        old, new = (turn.speaker, turn.operation.old_memory), (turn.speaker, turn.operation.text)
+        if turn.operation.event in ("UPDATE", "DELETE"):
+            assert old in bank, "an operation on what is not there"
+        if turn.operation.event in ("ADD", "UPDATE"):
+            assert new not in bank, "an entry twice"
+        if turn.operation.event == "UPDATE":  # keeps its place
+            bank = dict((new, turn.time) if item[0] == old else item for item in bank.items())
+        elif turn.operation.event == "DELETE":
+            bank = {key: time for key, time in bank.items() if key != old}
+        elif turn.operation.event == "ADD":
+            bank = {**bank, new: turn.time}
+        banks.append(bank)
+    return banks
+
+
+def test_operations_are_consistent(talks):
+    for dialogue in talks:
+        assert len(replay(dialogue)[-1]) > 4
+        for turn in dialogue.turns:
+            event, old, text = turn.operation.event, turn.operation.old_memory, turn.operation.text
+            assert (bool(old), bool(text)) == {"ADD": (False, True), "UPDATE": (True, True), "DELETE": (True, False),
+                                               "NOOP": (False, False)}[event]
+            assert turn.speaker in text or not text
+            assert turn.speaker in turn.fact, "a memory that stands alone"
+        assert {turn.speaker for turn in dialogue.turns} == set(dialogue.speakers) and len(set(dialogue.speakers)) == 2
+
+
+def test_turns_are_numbered_and_dated(talks):
+    for dialogue in talks:
+        assert [turn.id for turn in dialogue.turns] == [f"D{i // 5 + 1}:{i % 5 + 1}" for i in range(20)]
+        assert [turn.session for turn in dialogue.turns] == [i // 5 + 1 for i in range(20)]
+        days = [datetime.strptime(turn.time, "%d %B %Y") for turn in dialogue.turns]  # ValueError: no such day
+        assert days == sorted(days) and len(set(days)) == 4
+
+
+def test_every_kind_occurs_and_values_are_merged_up_to_three(recorded, talks):
+    kinds = Counter(kind for world in recorded for *_, kind, _ in world.log)
+    assert kinds.keys() == synthetic.KINDS.keys() and min(kinds.values()) > 0.01 * sum(kinds.values())
+    events = {kind: {said[2] for world in recorded for *_, one, said in world.log if one == kind} for kind in kinds}
+    assert events == {"new": {"ADD"}, "event": {"ADD"}, "more": {"UPDATE"}, "change": {"UPDATE"}, "drop": {"DELETE"},
+                      **dict.fromkeys(("repeat", "wish", "talk", "chat", "echo"), {"NOOP"})}
+    for world, dialogue in zip(recorded, talks, strict=True):
+        assert [(entry.speaker, entry.text) for entry in world.bank] == list(replay(dialogue)[-1])
+    sizes = Counter(len(entry.values) for world in recorded for entry in world.bank)
+    assert sizes.keys() == {1, 2, 3} and min(sizes.values()) >= 20
+    for world in recorded:
+        for *_, kind, (text, fact, _, old, new, _, value) in world.log:
+            assert kind in ("talk", "chat") or value in text, (kind, text)
+            assert kind != "more" or new.values == (*old.values, value) and old.turns == new.turns[:-1]
+            assert kind != "change" or new.values == (value,) != old.values
+            assert kind not in ("repeat", "echo") or any(fact == entry.text for entry in world.seen)
+
+
+# --- questions and answers ---
+
+def test_questions_name_turns_that_were_said(talks):
+    for dialogue in talks:
+        order = {turn.id: i for i, turn in enumerate(dialogue.turns)}
+        assert len({question.id for question in dialogue.questions}) == len(dialogue.questions)
+        for question in dialogue.questions:
+            last = order[question.asked] if question.asked else 99
+            assert all(order[turn] <= last for turn in question.evidence)
+            assert question.evidence or question.answer == "none"
+            assert question.category in (1, 2, 3, 4) and question.text and question.answer
+            assert sum(speaker in question.text for speaker in dialogue.speakers) == 1
+        asked = [question.asked for question in dialogue.questions]
+        assert set(asked) == {None, *order} and asked == sorted(asked, key=lambda turn: order.get(turn, 99))
+
+
+READER = {  # question -> the memory that answers it
+    r"\blives?\b": r"{p} lives in (.+)\.", r"\bcar\b": r"{p} drives a (.+) car\.",
+    r"\bdog\b": r"{p} has a dog named (.+)\.", r"\bspeaks?\b": r"{p} speaks (.+)\.",
+    r"\bsister\b": r"{p} has a sister named (.+)\.", r"\ballergic\b": r"{p} is allergic to (.+)\.",
+    r"\bboss\b": r"{p} has a boss named (.+)\."}
+
+
+def read_by_pattern(question, person, bank):
+    """The answer by patterns of our own, over one person's {text: time}; None where they do not know the matter."""
+    event = re.search(rf"{person} (?:visit|visited) (.+)\?", question)
+    if event:
+        return "".join(time for text, time in bank.items() if text == f"{person} visited {event[1]}.") or "none"
+    hits = [READER[key] for key in READER if re.search(key, question.replace(person, "X"))]
+    is_pair = question.endswith(".") or question.startswith("Can you say")
+    if len(hits) != 1 + is_pair:
+        return None
+    found = [re.fullmatch(pattern.format(p=person), text) for text in bank for pattern in hits]
+    return " and ".join(one[1] for one in found if one) or "none"
+
+
+def test_answers_follow_from_the_known_bank(talks):
+    counts = Counter()
+    for dialogue in talks:
+        banks = dict(zip([turn.id for turn in dialogue.turns], replay(dialogue), strict=True))
+        for question in dialogue.questions:
+            bank = banks[question.asked or dialogue.turns[-1].id]
+            [person] = [speaker for speaker in dialogue.speakers if speaker in question.text]
+            mine = {text: time for (speaker, text), time in bank.items() if speaker == person}
+            expected = read_by_pattern(question.text, person, mine)
+            if expected is not None:
+                assert question.answer == expected, (question, mine)
+                counts[question.category, expected == "none", " and " in expected] += 1
+    assert sum(counts.values()) > 1500 and counts.keys() == {
+        (4, False, False), (4, False, True), (4, True, False), (1, False, True), (1, False, False), (1, True, False),
+        (2, False, False), (2, True, False)}
+
+
+class Recorder(World):
+    """A world that keeps a record of its turns and of what it asked."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.log, self.asks, self.seen = [], [], []
+
+    def turn(self, speaker, turn_id, time, kind):
+        said = super().turn(speaker, turn_id, time, kind)
+        self.log += [(speaker, turn_id, time, kind, said)] if said else []
+        return said
+
+    def apply(self, *edit):
+        super().apply(*edit)
+        self.seen += self.bank
+
+    def question(self, speaker, names, value, asked, number):
+        self.asks.append((super().question(speaker, names, value, asked, number), speaker, names, value))
+        return self.asks[-1][0]
+
+
+@pytest.fixture(scope="module")
+def recorded(talks):
+    worlds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic, "World", lambda *args: worlds.append(Recorder(*args)) or worlds[-1])
+        assert load("synthetic", "train", count=200, seed=7, num_turns=20) == talks
+    return worlds
+
+
+def share_right(worlds, bank_of):
+    right = []
+    for world in worlds:
+        bank = bank_of(world)
+        right += [read(bank, speaker, names, value if names[0] in WORLD["events"] else None) == question.answer
+                  for question, speaker, names, value in world.asks if question.asked is None]
+    assert len(right) > 2000
+    return sum(right) / len(right)
+
+
+def everything(world, kinds):
+    """The bank of a keeper who stores what every turn of some kinds says, but no text twice."""
+    bank = {}
+    for speaker, turn_id, time, kind, (_, fact, _, _, _, name, value) in world.log:
+        if kind in kinds:
+            bank.setdefault(fact, Entry(speaker, name, (value,), fact, (turn_id,), time))
+    return list(bank.values())
+
+
+def test_only_the_right_edits_answer_the_questions(recorded):
+    """The known bank answers all; always NOOP, and always ADD even if wishes and repeats are spared, much fewer."""
+    said_kinds = synthetic.KINDS.keys() - {"talk", "chat"}
+    assert share_right(recorded, lambda world: world.bank) == 1.0
+    assert share_right(recorded, lambda world: []) <= 0.85
+    assert share_right(recorded, lambda world: everything(world, said_kinds)) <= 0.85
+    assert share_right(recorded, lambda world: everything(world, said_kinds - {"wish", "drop"})) <= 0.85
+
+
+def test_read_by_hand():
+    bank = [Entry("Jon", "dog", ("Buddy",), "Jon has a dog named Buddy.", (), "1 May 2023"),
+            Entry("Gina", "dog", ("Rex",), "Gina has a dog named Rex.", (), "2 May 2023"),
+            Entry("Jon", "dog", ("Scout", "Tom"), "Jon has a dog named Scout and Tom.", (), "3 May 2023"),
+            Entry("Jon", "visit", ("Rome",), "Jon visited Rome.", (), "4 May 2023")]
+    assert read(bank, "Jon", ["dog"]) == "Buddy and Scout and Tom" and read(bank, "Gina", ["dog", "cat"]) == "Rex"
+    assert read(bank, "Jon", ["visit"], "Rome") == "4 May 2023" and read(bank, "Jon", ["visit"], "Oslo") == "none"
+    assert read([], "Jon", ["dog"]) == "none"
+    assert memory_text("Jon", "dog", ["Rex", "Tom"]) == "Jon has a dog named Rex and Tom."
+
+
+def test_pseudo_words():
+    rng = random.Random(0)
+    made = [pseudo_word(rng, True) for _ in range(500)]
+    assert all(re.fullmatch("[A-Z][a-z]{1,20}", word) for word in made) and len(set(made)) > 400
+    assert pseudo_word(rng, False).islower()
