@@ -235,11 +235,11 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
             for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
                 for name, value in backward(policy, critic, pick(batch, indices), num_rows, adapter, config).items():
                     sums[name] += value
-            both = [torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)  # the actor's, the critic's
-                    for group in optimizer.param_groups]
-            if not all(torch.isfinite(norm) for norm in both):
+            norm, critic_norm = (torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
+                                 for group in optimizer.param_groups)
+            if not torch.isfinite(norm + critic_norm):
                 raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype float32")
-            norms.append(both[0].item())
+            norms.append(norm.item())
             optimizer.step()
     count = max(1.0, sums.pop("tokens"))
     return {name: value / count for name, value in sums.items()} | {"grad_norm": sum(norms) / max(1, len(norms))}
@@ -281,7 +281,7 @@ def train_step(policy: Policy, critic: Critic, task: Task, optimizer, adapter: s
     flat = [completion for group in groups for completion in group]
     deviations = rewards.std(dim=1, correction=min(1, config.group_size - 1))  # 0 in groups of one
     metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": deviations.mean().item(),
-               "zero_std_rate": (deviations == 0).float().mean().item(), **learned,
+               "zero_std_rate": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(), **learned,
                "explained_variance": explained_variance(rollouts.values_old, rollouts.returns, rollouts.mask),
                "lr": optimizer.param_groups[0]["lr"],
                "completion_tokens": sum(len(completion.ids) for completion in flat) / len(flat),
@@ -291,12 +291,12 @@ def train_step(policy: Policy, critic: Critic, task: Task, optimizer, adapter: s
 
 
 def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
-    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if the run has one."""
+    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if there is one."""
     rng = random.Random(config.seed)
     critic = Critic(policy, like=adapter)
-    parameters = [*policy.parameters(adapter), *critic.parameters()]
-    optimizer = torch.optim.AdamW([{"params": policy.parameters(adapter)}, {"params": list(critic.parameters())}],
-                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    both = [{"params": policy.parameters(adapter)}, {"params": list(critic.parameters())}]  # each has its learning rate
+    parameters = [parameter for group in both for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(both, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     begun = run.load()
     if begun:
         done, tensors, state = begun

@@ -142,7 +142,7 @@ def replay(dialogue):
 
 def test_operations_are_consistent(talks):
     for dialogue in talks:
-        assert len(replay(dialogue)[-1]) > 4
+        assert len(replay(dialogue)) == 20
         for turn in dialogue.turns:
             event, old, text = turn.operation.event, turn.operation.old_memory, turn.operation.text
             assert (bool(old), bool(text)) == {"ADD": (False, True), "UPDATE": (True, True), "DELETE": (True, False),
@@ -226,9 +226,9 @@ def test_answers_follow_from_the_known_bank(talks):
             if expected is not None:
                 assert question.answer == expected, (question, mine)
                 counts[question.category, expected == "none", " and " in expected] += 1
-    assert sum(counts.values()) > 1500 and counts.keys() == {
-        (4, False, False), (4, False, True), (4, True, False), (1, False, True), (1, False, False), (1, True, False),
-        (2, False, False), (2, True, False)}
+    assert {category for category, _, _ in counts} == {1, 2, 3, 4} and sum(counts.values()) > 1500
+    assert sum(n for (_, is_none, _), n in counts.items() if is_none) > 100
+    assert counts[1, False, True] > 300 and not counts[4, False, True], "several turns are category 1"
 
 
 class Recorder(World):
