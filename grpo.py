@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from policy import Completion, Policy
+from policy import Completion, Policy, pad_right
 from run import Run, optimizer_tensors, random_state, restore_optimizer, restore_random_state
 
 
@@ -38,6 +38,7 @@ class Config:
     warmup: int = 5  # steps until the learning rate is reached
     clip: float = 0.2
     beta: float = 0.01  # weight of the KL penalty
+    loss_mean: str = "completion"  # "completion": over its tokens, then over completions; "token": over all tokens
     temperature: float = 1.0
     max_new_tokens: int = 128
     grad_clip: float = 1.0
@@ -76,7 +77,13 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     [[1., 0., 0., 1.]] -> [[.87, -.87, -.87, .87]]; equal rewards give 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + eps)
+    advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
+    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # eight times 1/3 has a mean that is not 1/3
+
+
+def all_equal(rewards: torch.Tensor) -> torch.Tensor:
+    """Which groups have nothing to teach. (P, G) -> (P,) bool"""
+    return (rewards == rewards[:, :1]).all(dim=1)
 
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
@@ -88,10 +95,11 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     return gap.exp() - gap - 1
 
 
-def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length=None):
     """
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
-    (arXiv 2402.03300, eq. 3)
+    (arXiv 2402.03300, eq. 3); with `mean_length` that number stands for every |o_i|, which makes it a mean over tokens
+    (arXiv 2503.14476, eq. 8): a token of a long completion then weighs as much as one of a short.
     logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), and
     per token (N, C) the KL and whether the clip took the gradient away.
     """
@@ -100,7 +108,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
     objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
-    per_row = (objective * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    per_row = (objective * mask).sum(dim=1) / (mean_length or mask.sum(dim=1).clamp(min=1))
     return -per_row, kl.detach(), (clipped < rho * A).detach()
 
 
@@ -112,7 +120,7 @@ def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
                     rollouts.logp_old[rows], rollouts.advantages[groups])
 
 
-def backward(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config: Config) -> dict[str, float]:
+def backward(policy: Policy, part: Rollouts, num_rows: float, mean_length, adapter: str, config: Config):
     """Adds the gradient of some groups' share in the loss over `num_rows` completions; returns sums over tokens."""
     logp_ref = None
     if config.beta > 0:
@@ -122,7 +130,7 @@ def backward(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config
         logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
     logp_old = part.logp_old[:, :logp.shape[1]]  # padded to the longest of all groups, not of these
     losses, kl, is_clipped = grpo_loss(logp, logp_old, logp_ref, part.advantages.flatten(), mask, config.clip,
-                                       config.beta)
+                                       config.beta, mean_length)
     (losses.sum() / num_rows).backward()
     return {name: (values * mask).sum().item() for name, values in
             {"kl": kl, "clip_rate": is_clipped, "entropy": entropy, "tokens": torch.ones_like(logp)}.items()}
@@ -133,6 +141,8 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
     """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
     P, G = rollouts.advantages.shape
     lessons = [i for i in range(P) if rollouts.advantages[i].any()]
+    lengths = [len(completion) for group in rollouts.completions for completion in group]
+    mean_length = sum(lengths) / len(lengths) if config.loss_mean == "token" else None
     sums = dict.fromkeys(("kl", "clip_rate", "entropy", "tokens"), 0.0)
     norms = []
     for _ in range(config.epochs if lessons else 0):
@@ -145,7 +155,8 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
             batch = pick(rollouts, some)
             optimizer.zero_grad(set_to_none=True)
             for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
-                for name, value in backward(policy, pick(batch, indices), num_rows, adapter, config).items():
+                part = pick(batch, indices)
+                for name, value in backward(policy, part, num_rows, mean_length, adapter, config).items():
                     sums[name] += value
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(adapter), config.grad_clip)
             if not torch.isfinite(norm):
@@ -161,9 +172,7 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
 def rollouts_of(prompts, groups: list[list[Completion]], rewards: torch.Tensor, device) -> Rollouts:
     """Completions and rewards as tensors. The log-probs of sampling serve as logp_old: nothing is scored twice."""
     flat = [completion for group in groups for completion in group]
-    logp_old = torch.zeros(len(flat), max(len(completion.ids) for completion in flat))
-    for row, completion in zip(logp_old, flat, strict=True):
-        row[:len(completion.logps)] = torch.tensor(completion.logps)
+    logp_old = pad_right([completion.logps for completion in flat], 0.0, torch.float32)
     return Rollouts(prompts, [[completion.ids for completion in group] for group in groups], logp_old.to(device),
                     group_advantages(rewards).to(device))
 
@@ -181,7 +190,7 @@ def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Conf
     learned = update(policy, optimizer, rollouts, adapter, config, rng)
     flat = [completion for group in groups for completion in group]
     metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(dim=1).mean().item(),
-               "zero_std_rate": (rewards.std(dim=1) == 0).float().mean().item(), **learned,
+               "zero_std_rate": all_equal(rewards).float().mean().item(), **learned,
                "lr": optimizer.param_groups[0]["lr"],
                "completion_tokens": sum(len(completion.ids) for completion in flat) / len(flat),
                "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat),

@@ -72,13 +72,19 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--batch-size", type=int, default=16, help="prompts a step (16)")
     add("--group-size", type=int, default=8, help="completions of each prompt (8)")
     add("--reward", choices=("em", "f1"), default="em", help="how an answer is scored; em is the paper's (em)")
-    add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
+    add("--epochs", type=int, help="passes over a step's completions (grpo 1, ppo 2)")
     add("--minibatch", type=int, default=0, help="prompts per optimizer step, 0 for all (0)")
     add("--lr", type=float, help="peak learning rate (2e-3 for the tiny model, 2e-5 for others)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
     add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
+    add("--loss-mean", choices=("completion", "token"), default="completion",
+        help="mean over a completion's tokens, then over completions, as published; or over all tokens (completion)")
     add("--temperature", type=float, default=1.0, help="of sampling in training; evaluation is greedy (1.0)")
+    add("--critic-lr", type=float, help="ppo: peak learning rate of the critic (2.5 times --lr)")
+    add("--gamma", type=float, default=1.0, help="ppo: discount (1.0)")
+    add("--lam", type=float, default=1.0, help="ppo: lambda of GAE (1.0)")
+    add("--value-clip", type=float, default=0.2, help="ppo: values move at most this far in a step, 0: no limit (0.2)")
     add("--grad-clip", type=float, default=1.0, help="largest norm of a gradient (1.0)")
     add("--checkpoint-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints (10)")
     add = parser.add_argument_group("model and memory").add_argument
@@ -105,8 +111,11 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, values[args.data != "synthetic"])
     if args.lr is None:
         args.lr = 2e-3 if Path(args.model).resolve() == TINY.resolve() else 2e-5
+    args.critic_lr = 2.5 * args.lr if args.critic_lr is None else args.critic_lr
+    args.epochs = {"grpo": 1, "ppo": 2}[args.algo] if args.epochs is None else args.epochs
     args.out = args.out or f"runs/{args.agent}-{args.algo}"
-    least = {"steps": 1, "batch_size": 1, "group_size": 2, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
+    siblings = {"grpo": 2, "ppo": 1}[args.algo]  # GRPO compares a sample with its siblings, PPO has a critic
+    least = {"steps": 1, "batch_size": 1, "group_size": siblings, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
              "beta": 0, "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
              "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0,
              "window": 0, "refresh": 1}

@@ -22,6 +22,7 @@ import answer
 import data
 import grpo
 import manager
+import ppo
 from data import Dialogue, Question, Turn, UsageError
 from memory import MemoryBank, make_embedder
 from policy import Policy
@@ -249,8 +250,9 @@ def main(argv=None) -> None:
     policy.add_adapter("manager", args.rank, args.alpha)
     task = ManagerTask(policy, args)
     run = Run(args.out, vars(args), args.resume, args.overwrite)
-    config = grpo.Config(**{name: getattr(args, name) for name in grpo.Config.__dataclass_fields__})
-    grpo.train(policy, task, run, "manager", config)
+    algorithm = {"grpo": grpo, "ppo": ppo}[args.algo]
+    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
+    algorithm.train(policy, task, run, "manager", config)
     plot(run.folder)
     print(f"adapter, metrics and samples are in {run.folder}")
 

@@ -240,7 +240,8 @@ def small_file(tmp_path, evidence, speaker="Ann"):
 
 def test_a_speaker_who_never_speaks_is_no_trouble(tmp_path):
     done = run_script("--data", small_file(tmp_path, ["D1:1"]), "--steps", "1", "--batch-size", "2",
-                      "--group-size", "2", "--eval", "1", "--max-new-tokens", "24", "--max-answer-tokens", "8", "--out", tmp_path / "run")
+                      "--group-size", "2", "--eval", "1", "--max-new-tokens", "24", "--max-answer-tokens", "8",
+                      "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
 
 
