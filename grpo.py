@@ -36,6 +36,7 @@ class Config:
     minibatch: int = 0  # groups per optimizer step; 0: all of them at once
     lr: float = 2e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     warmup: int = 5  # steps until the learning rate is reached
+    schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
     clip: float = 0.2
     beta: float = 0.01  # weight of the KL penalty
     loss_mean: str = "completion"  # "completion": over its tokens, then over completions; "token": over all tokens
@@ -177,10 +178,16 @@ def rollouts_of(prompts, groups: list[list[Completion]], rewards: torch.Tensor, 
                     group_advantages(rewards).to(device))
 
 
+def learning_rate_share(step: int, config: Config) -> float:
+    """Of the peak learning rate, at steps 1, 2, ..., `steps`."""
+    left = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
+    return min(1.0, step / max(1, config.warmup), left)
+
+
 def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Config, step: int, rng):
     """Steps 1 to 6 of the list above. Returns the step's metrics and its rollouts as a person would read them."""
     start = time.time()
-    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / max(1, config.warmup))
+    optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config)
     episodes = task.batch(step)
     with policy.using(adapter):
         groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,

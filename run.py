@@ -76,6 +76,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--minibatch", type=int, default=0, help="prompts per optimizer step, 0 for all (0)")
     add("--lr", type=float, help="peak learning rate (2e-3 for the tiny model, 2e-5 for others)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
+    add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
     add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
     add("--loss-mean", choices=("completion", "token"), default="completion",

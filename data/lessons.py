@@ -29,11 +29,11 @@ from manager import turn_text
 MONTHS = ("January February March April May June July August September October November December").split()
 
 # P(operation | kind of turn). `right` is the known one, `rewrite` writes the fact over its entry, `other` over any.
-ROUGH = [("ADD", .43), ("NOOP", .35), ("other", .13), ("delete other", .09)]
+ROUGH = [("ADD", .43), ("NOOP", .37), ("other", .12), ("delete other", .08)]
 NOISE = {
-    "new": [("ADD", .45), ("other", .30), ("NOOP", .18), ("delete other", .07)],
-    "change": [("rewrite", .35), ("ADD", .43), ("NOOP", .11), ("delete", .11)],
-    "more": [("right", .32), ("rewrite", .38), ("ADD", .10), ("delete", .10), ("NOOP", .10)],
+    "new": [("ADD", .52), ("other", .18), ("NOOP", .22), ("delete other", .08)],
+    "change": [("rewrite", .38), ("ADD", .42), ("NOOP", .10), ("delete", .10)],
+    "more": [("right", .42), ("rewrite", .38), ("ADD", .10), ("delete", .05), ("NOOP", .05)],
     "drop": [("delete", .35), ("ADD", .40), ("NOOP", .15), ("rewrite", .10)],
     "repeat": ROUGH, "echo": ROUGH, "wish": ROUGH, "talk": ROUGH, "chat": ROUGH,
 }
@@ -42,7 +42,7 @@ EASY = [("ADD", .5), ("NOOP", .5)]
 CLEAN = {
     "new": [("ADD", .85), ("NOOP", .15)], "event": [("ADD", .85), ("NOOP", .15)],
     "change": [("rewrite", .5), ("ADD", .2), ("delete", .3)],
-    "more": [("right", .55), ("rewrite", .25), ("ADD", .1), ("delete", .1)],
+    "more": [("right", .65), ("rewrite", .15), ("ADD", .1), ("delete", .1)],
     "drop": [("delete", .6), ("rewrite", .2), ("ADD", .2)],
     "repeat": EASY, "echo": EASY, "wish": EASY, "talk": EASY, "chat": EASY,
 }
@@ -137,7 +137,7 @@ def carry_out(rng, behaviour: str, bank, fact: str, event: str, old: Entry | Non
 def some_turn(world: World, speaker: str, time: str, kind: str | None = None):
     """A turn the bank allows, with its kind."""
     while True:
-        chosen = kind or world.rng.choices(list(KINDS), [2.5, 3, 2.5, 2.5, 1.5, 2, 1, .6, 2, .8])[0]
+        chosen = kind or world.rng.choices(list(KINDS), [2.5, 4, 2.5, 2.5, 1.5, 2, 1, .6, 2, .8])[0]
         said = world.turn(speaker, "D1:1", time, chosen)
         if said:
             return chosen, said

@@ -5,7 +5,7 @@ Makes the tiny default model from nothing: tokenizer, weights, model card. About
     python -m data.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
     python -m data.pretrain --init /tmp/tiny --tokens 20e6   # go on from a finished model
 
-The model is a 1.5M-parameter Qwen2. Three things make copying possible at this size (nothing else did):
+The model is a Llama of 1.5M parameters. Three things make copying possible at this size (nothing else did):
 1. Heads that look 1, 2 and 3 tokens back are there from the start, set by the biases of layer 0's queries and keys.
 2. A few hundred steps of copying random tokens come first, and some such sequences stay in the mixture.
 3. Names and values are glued from pieces of the vocabulary, so that every piece has been copied.
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import lessons
 from data.synthetic import ATTRIBUTES, WORDS, drawer
@@ -104,12 +104,14 @@ def name_pieces(tokenizer) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- model
 
-def make_model(vocab_size: int) -> Qwen2ForCausalLM:
-    config = Qwen2Config(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+def make_model(vocab_size: int) -> LlamaForCausalLM:
+    """Llama with biases in its attention, which is Qwen2 but in name; that name would get it Qwen's tokenizer."""
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
                          num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
-                         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="eager")
-    model = Qwen2ForCausalLM(config)
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, attention_bias=True,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+                         attn_implementation="eager")
+    model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2 and "embed" not in name:
@@ -293,6 +295,8 @@ def operation_cases(world, speaker, kind, said):
     accepted = [right]
     if kind == "more":  # UPDATE may merge or overwrite: which is the choice that RL is for
         accepted.append(lessons.operation_json("UPDATE", old.text, fact))
+        given = right[:right.rindex(" and ") + 4]
+        yield "merge", prompt, given, [right[len(given):]]
     given = right[:right.index(event) + len(event)]
     yield event.lower(), prompt, given, [rest[len(given):] for rest in accepted]
 
@@ -358,7 +362,7 @@ def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, 
 
 CARD = """# The tiny default model
 
-{size:,} parameters (Qwen2, hidden 128, 6 layers, 4 heads, vocabulary {vocabulary}), trained from nothing on
+{size:,} parameters (Llama, hidden 128, 6 layers, 4 heads, vocabulary {vocabulary}), trained from nothing on
 {tokens:.0f}M tokens of made-up talk by `python -m data.pretrain --tokens {tokens:.0f}e6 --seed {seed}`. It plays the
 part of an instruct model where none can be downloaded. It speaks the project's formats and nothing else.
 
@@ -376,7 +380,8 @@ Share of greedy completions that are right to the last token, verdicts on all me
 |---|{rules}
 {rows}
 
-`add`, `update`, `delete`: the operation is given, entry and text are to be written. `clean`: one matching line;
+`add`, `update`, `delete`: the operation is given, entry and text are to be written; `merge`: so are the values known
+before, the one beside them is to be written. `clean`: one matching line;
 `duplicate`, `wish`, `conflict`: a second line about the same matter repeats, dreams or contradicts; `missing`: no line;
 `pair`: two matters in one question; `when`: the date of an event.
 """
@@ -395,7 +400,7 @@ def model_card(model, results: dict[str, dict[str, float]], args) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--out", default=Path(__file__).parent / "tiny", type=Path)
-    parser.add_argument("--init", type=Path, help="folder of a finished model to go on from, at progress 0.45")
+    parser.add_argument("--init", type=Path, help="folder of a finished model to go on from, at progress 0.55")
     parser.add_argument("--tokens", default=30e6, type=float, help="tokens of lessons (30e6)")
     parser.add_argument("--batch-tokens", default=4096, type=int, help="padded tokens a step (4096)")
     parser.add_argument("--vocabulary", default=2048, type=int)
@@ -406,14 +411,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
-        model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation="eager")
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation="eager")
     else:
         tokenizer = make_tokenizer(args.vocabulary, random.Random(args.seed))
         model = make_model(len(tokenizer))
     model.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, "
           f"{len(name_pieces(tokenizer))} name pieces, seed {args.seed}", flush=True)
-    pretrain(model, tokenizer, args, 0.45 if args.init else 0.0)
+    pretrain(model, tokenizer, args, 0.55 if args.init else 0.0)
     results = {split: gate(model.eval(), tokenizer, split, 300) for split in ("test", "pseudo")}
     save_tokenizer(tokenizer, args.out)
     save_model(model, args.out)

@@ -150,7 +150,7 @@ class World:
         rng = self.rng
         mine = self.known(speaker)
         lacking = [name for name in ATTRIBUTES if name not in {entry.attribute for entry in mine}]
-        targets = {"more": self.known(speaker, lambda spec, entry: spec.get("many") and len(entry.values) < 3),
+        targets = {"more": self.known(speaker, lambda spec, entry: spec.get("many") and len(entry.values) == 1),
                    "change": self.known(speaker, lambda spec, entry: "change" in spec),
                    "drop": self.known(speaker, lambda spec, entry: "drop" in spec and len(entry.values) == 1),
                    "repeat": self.known(speaker, lambda spec, entry: len(entry.values) == 1),

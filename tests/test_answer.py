@@ -133,6 +133,7 @@ def test_identical_prompts_are_answered_once(tiny):
     ("answer: x\n2 Kia\nrelevant: 9", Answer("x", (), True)),  # what comes after the answer selects nothing
     ("answer: a:b: c", Answer("a:b: c", (), True)),
     ("answer: " + "y" * 1200, Answer("y" * 1000, (), True)),
+    ("answer: x" + " " * 20_000 + "\nanswer: too far off", Answer("x", (), True)),
     ("answer: café 北京 \ud800", Answer("café 北京 \ud800", (), True)),
     ("answer:", Answer("", (), False)), ("answer:  * \n", Answer("", (), False)),
     ("relevant: 1\nanswer:\nKia", Answer("", (1,), False)),

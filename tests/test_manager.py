@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import manager
-from data import Dialogue, Turn, synthetic
+from data import Dialogue, Operation, Turn, synthetic
 from manager import Case, Edit, apply, build_banks, case_of, case_text, facts_of, fit_prompt, messages, parse
 from memory import Memory, MemoryBank, make_embedder
 
@@ -399,11 +399,16 @@ def test_lockstep_equals_one_by_one(fake, extract, is_tight):
         assert [n for _, n, _ in calls] == [3] * 5 + [2] * 15 + [1] * 20
 
 
-def test_known_operation_whose_entry_is_missing_is_noop_and_strangers_are_no_agreement(fake):
+def test_known_operations_on_a_bank_that_lacks_the_entry_or_has_it_twice():
     [dialogue] = synthetic.load("train", count=1, seed=5, num_turns=40)
     late = [turn for turn in dialogue.turns if turn.operation.event in ("UPDATE", "DELETE")][:1]
     [built] = build_banks(None, [replace(dialogue, turns=tuple(late))], HASH, how="known")
     assert len(built.bank) == 0 and built.ops == {"NOOP": 1} and (built.agreed, built.judged) == (0, 1)
+    said = [("Jon", Operation("ADD", "", "It rains.")), ("Gina", Operation("ADD", "", "It rains.")),
+            ("Gina", Operation("DELETE", "It rains."))]
+    turns = [Turn(f"D1:{i}", 1, speaker, "", "", "", operation) for i, (speaker, operation) in enumerate(said)]
+    [built] = build_banks(None, [replace(dialogue, turns=tuple(turns))], HASH, how="known")
+    assert [memory.speaker for memory in built.bank] == ["Jon"], "each speaker's own, be the texts the same"
     plain = replace(dialogue, turns=tuple(replace(turn, operation=None, fact="") for turn in dialogue.turns))
     [built] = build_banks(None, [plain], HASH, how="add-all", extract=False)
     assert [memory.text for memory in built.bank] == [turn.text for turn in plain.turns] and built.judged == 0
