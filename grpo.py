@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from policy import Completion, Policy, pad_right
-from run import Run, optimizer_tensors, random_state, restore_optimizer, restore_random_state
+from run import Run, optimizer_tensors, random_state, read_rows, restore_optimizer, restore_random_state
 
 
 @dataclass(frozen=True)
@@ -128,23 +128,23 @@ def backward(policy: Policy, part: Rollouts, num_rows: float, mean_length, adapt
         with torch.no_grad(), policy.using(None):
             logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
     with policy.using(adapter):
-        logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
+        logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
     logp_old = part.logp_old[:, :logp.shape[1]]  # padded to the longest of all groups, not of these
     losses, kl, is_clipped = grpo_loss(logp, logp_old, logp_ref, part.advantages.flatten(), mask, config.clip,
                                        config.beta, mean_length)
     (losses.sum() / num_rows).backward()
     return {name: (values * mask).sum().item() for name, values in
-            {"kl": kl, "clip_rate": is_clipped, "entropy": entropy, "tokens": torch.ones_like(logp)}.items()}
+            {"kl": kl, "clip_rate": is_clipped, "tokens": torch.ones_like(logp)}.items()}
 
 
 def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: Config,
-           rng: random.Random) -> dict[str, float]:
-    """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
+           rng: random.Random) -> dict[str, float | None]:
+    """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over the tokens it used."""
     P, G = rollouts.advantages.shape
     lessons = [i for i in range(P) if rollouts.advantages[i].any()]
     lengths = [len(completion) for group in rollouts.completions for completion in group]
     mean_length = sum(lengths) / len(lengths) if config.loss_mean == "token" else None
-    sums = dict.fromkeys(("kl", "clip_rate", "entropy", "tokens"), 0.0)
+    sums = dict.fromkeys(("kl", "clip_rate", "tokens"), 0.0)
     norms = []
     for _ in range(config.epochs if lessons else 0):
         rng.shuffle(lessons)
@@ -164,8 +164,11 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
                 raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype float32")
             norms.append(norm.item())
             optimizer.step()
-    count = max(1.0, sums.pop("tokens"))
-    return {name: value / count for name, value in sums.items()} | {"grad_norm": sum(norms) / max(1, len(norms))}
+    # E[-log pi] over all that was sampled: the entropy also of groups that are not scored again.
+    entropy = -rollouts.logp_old.sum().item() / sum(lengths)
+    count = sums.pop("tokens")
+    return {name: value / count if count else None for name, value in sums.items()} | {
+        "entropy": entropy, "grad_norm": sum(norms) / max(1, len(norms))}
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -224,7 +227,8 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
         tqdm.write(run.line(step, metrics))
         if step % config.checkpoint_every == 0 or step == config.steps:
             save(run, step, parameters, optimizer, rng)
-    if done < config.steps:
+    rows = read_rows(run.folder / "metrics.jsonl")
+    if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
         policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))
 

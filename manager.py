@@ -15,8 +15,9 @@ Departures from the paper, each explained where it is made:
    paper drops all that was retrieved, its prompt goes by id.
 3. Any output that cannot be carried out in full is NOOP, and counted as invalid.
 """
-import difflib
 import json
+import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
 LONGEST_TEXT = 500  # characters of a stored memory; what a model writes beyond that is a fault, not a fact
 LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
 MOST_OPERATIONS = 32  # in one output
-CLOSE_ENOUGH = 0.6  # difflib ratio from which a quoted text names a memory
+CLOSE_ENOUGH = 0.6  # similarity from which a quoted text names a memory
 EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
 
 
@@ -87,8 +88,8 @@ class Edit:
 # ------------------------------------------------------------------------------------------------ prompts
 
 def one_line(text: str) -> str:
-    """Text from people and models as one line, so that it cannot pose as another part of a prompt."""
-    return " ".join(text.split())
+    """Text from people and models as one line of valid Unicode, so that it cannot pose as another part of a prompt."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def memory_lines(memories: Sequence, start: int = 1) -> str:
@@ -120,32 +121,34 @@ def messages(case: Case) -> list[dict]:
 
 def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None):
     """
-    The longest prompt within `max_tokens`: drops the lowest ranked memories, never anything else.
-    render(memories) -> messages. Returns (ids, memories kept, number dropped).
+    The longest prompt within `max_tokens`: drops the lowest ranked memories, never anything else (so without any
+    memory it may still be too long). render(memories) -> messages. Returns (ids, memories kept, number dropped).
     """
-    kept = list(ranked)
-    ids = policy.encode(render(kept))
-    while max_tokens and len(ids) > max_tokens and kept:
-        excess = (len(ids) - max_tokens) / max(1, len(ids))
-        kept = kept[:len(kept) - max(1, int(excess * len(kept) / 2))]  # in steps that never overshoot by much
-        ids = policy.encode(render(kept))
-    return ids, kept, len(ranked) - len(kept)
+    ids, fits = policy.encode(render(list(ranked))), len(ranked)
+    if max_tokens and len(ids) > max_tokens:
+        fits = bisect_right(range(1, len(ranked)), max_tokens, key=lambda n: len(policy.encode(render(ranked[:n]))))
+        ids = policy.encode(render(list(ranked[:fits])))
+    return ids, list(ranked[:fits]), len(ranked) - fits
 
 
 # ------------------------------------------------------------------------------------------------ parsing
 
 def first_json(text: str):
-    """The first JSON list or object in a text, whatever stands around it; None if there is none."""
-    decoder, text, start = json.JSONDecoder(), text[:LONGEST_OUTPUT], -1
-    for _ in range(20):  # "[see below] {...}": try a few openings, not every one of ten thousand
-        start = min((i for i in (text.find("[", start + 1), text.find("{", start + 1)) if i >= 0), default=-1)
-        if start < 0:
-            return None
+    """The first JSON list or object in a text, whatever stands around it; None if there is none, or half of one."""
+    decoder, text = json.JSONDecoder(), text[:LONGEST_OUTPUT]
+    for opening in list(re.finditer(r"[\[{]", text))[:20]:  # a few openings, not every one of ten thousand
         try:
-            return decoder.raw_decode(text, start)[0]
+            return decoder.raw_decode(text, opening.start())[0]
         except (ValueError, RecursionError):
-            continue
+            if re.match(r"[\[{]\s*[\[{\"]", text[opening.start():]):  # no "[see below]" but a list that breaks off:
+                return None  # what stands inside is not to be carried out alone
     return None
+
+
+def similarity(a: str, b: str) -> float:
+    """Dice coefficient of two texts' letter triples, 1 for equal texts; its time is linear, whatever a model quotes."""
+    triples = [Counter(text[i:i + 3] for i in range(len(text) - 2)) for text in (f"  {a} ", f"  {b} ")]
+    return 2 * (triples[0] & triples[1]).total() / (triples[0].total() + triples[1].total())
 
 
 def named_memory(item: dict, shown: list[Memory]) -> Memory | None:
@@ -159,9 +162,9 @@ def named_memory(item: dict, shown: list[Memory]) -> Memory | None:
     if not isinstance(quote, str) or not quote.strip() or not shown:
         return None
     quote = one_line(quote[:2 * LONGEST_TEXT])
-    ratio, memory = max(((difflib.SequenceMatcher(None, one_line(memory.text), quote, autojunk=False).ratio(), memory)
-                         for memory in shown), key=lambda pair: pair[0])
-    return memory if ratio >= CLOSE_ENOUGH else None
+    close, memory = max(((similarity(one_line(memory.text), quote), memory) for memory in shown),
+                        key=lambda pair: pair[0])
+    return memory if close >= CLOSE_ENOUGH else None
 
 
 def parse_edit(item, shown: list[Memory]) -> Edit | None:
@@ -299,6 +302,7 @@ def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "mod
     batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "known" operations, "add-all" or "noop".
     `known`: facts extracted before; new ones are put there too.
     """
+    assert how in ("model", "known", "add-all", "noop"), how
     built = [Built(MemoryBank(embedder)) for _ in dialogues]
     known = {} if known is None else known
     if how == "model" or (how == "add-all" and not all(turn.fact for dialogue in dialogues for turn in dialogue.turns)):

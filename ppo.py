@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from policy import Completion, Policy, pad_right, spread
-from run import Run, optimizer_tensors, random_state, restore_optimizer, restore_random_state
+from run import Run, optimizer_tensors, random_state, read_rows, restore_optimizer, restore_random_state
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,8 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
         tqdm.write(run.line(step, metrics))
         if step % config.checkpoint_every == 0 or step == config.steps:
             save(run, step, parameters, optimizer, rng)
-    if done < config.steps:
+    rows = read_rows(run.folder / "metrics.jsonl")
+    if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
         policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))
 

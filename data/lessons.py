@@ -87,7 +87,7 @@ def random_entry(world: World, speaker: str, name: str | None = None) -> Entry:
         return Entry(speaker, "talk", (), f"{speaker} said: {world.choose(spec['talk'])}", (), time, False)
     value = world.word(spec["pool"])
     if u < 0.17:
-        text = world.choose(spec["wish"])[1] if len(spec["wish"]) > 2 else rng.choice(spec["wish"])[1]
+        text = world.choose(spec["wish"])[1]
         return Entry(speaker, name, (value,), text.format(p=speaker, v=value), (), time, False)
     if u < 0.21 and name in ATTRIBUTES:
         return Entry(speaker, name, (value,), f"No longer: {memory_text(speaker, name, [value])}", (), time, False)

@@ -49,13 +49,22 @@ class Entry:
 
 
 def deal_words() -> dict[str, dict[str, list[str]]]:
-    """Deals every pool out to the four splits: {split: {pool: words}}. A word in two pools stays in one split."""
+    """
+    Deals every pool out to the four splits: {split: {pool: values}}. A value in two pools stays in one split, and one
+    that shares a word with an earlier split is left out: where "milk" is another's, so is "almond milk".
+    """
     home, dealt = {}, {split: {pool: [] for pool in WORLD["pools"]} for split in SPLITS}
-    for pool, words in WORLD["pools"].items():
-        words = words.split() if pool == "person" else words.split(",")
-        for i, word in enumerate(sorted(words, key=lambda word: crc32(word.encode()))):
-            split = home.setdefault(word.lower(), SPLITS[i % len(SPLITS)])
-            dealt[split][pool].append(word)
+    for pool, values in WORLD["pools"].items():
+        values = values.split() if pool == "person" else values.split(",")
+        for i, value in enumerate(sorted(values, key=lambda value: crc32(value.encode()))):
+            split = home.setdefault(value.lower(), SPLITS[i % len(SPLITS)])
+            dealt[split][pool].append(value)
+    owner: dict[str, str] = {}  # word -> split
+    for split, pools in dealt.items():
+        for pool, values in pools.items():
+            pools[pool] = [value for value in values
+                           if all(owner.get(word, split) == split for word in value.lower().split())]
+            owner |= {word: split for value in pools[pool] for word in value.lower().split()}
     return dealt
 
 
@@ -218,7 +227,7 @@ class World:
                                    else lacking or list(ATTRIBUTES))
         spec = ATTRIBUTES.get(name) or EVENTS[name]
         value = self.word(spec["pool"])
-        text, memory = self.choose(spec["wish"]) if len(spec["wish"]) > 2 else self.rng.choice(spec["wish"])
+        text, memory = self.choose(spec["wish"])
         return text.format(v=value), memory.format(p=speaker, v=value), "NOOP", None, None, name, value
 
     def apply(self, turn_id: str, event: str, old: Entry | None, new: Entry | None) -> None:
@@ -242,8 +251,8 @@ class World:
         elif len(names) == 2:
             a, b = (ATTRIBUTES[name]["part"].format(p=speaker) for name in names)
             category, text = 1, self.choose(PAIR_FRAMES).format(a=a, b=b)
-        elif "open" in ATTRIBUTES[first] and rng.random() < 0.3 and self.phrasing == "seen":
-            category, text = 3, rng.choice(ATTRIBUTES[first]["open"]).format(p=speaker)
+        elif "open" in ATTRIBUTES[first] and rng.random() < 0.3:
+            category, text = 3, self.choose(ATTRIBUTES[first]["open"]).format(p=speaker)
         else:
             category = 1 if len(evidence) > 1 else 4
             text = self.choose(ATTRIBUTES[first]["ask"]).format(p=speaker)

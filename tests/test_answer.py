@@ -134,7 +134,7 @@ def test_identical_prompts_are_answered_once(tiny):
     ("answer: a:b: c", Answer("a:b: c", (), True)),
     ("answer: " + "y" * 1200, Answer("y" * 1000, (), True)),
     ("answer: x" + " " * 20_000 + "\nanswer: too far off", Answer("x", (), True)),
-    ("answer: café 北京 \ud800", Answer("café 北京 \ud800", (), True)),
+    ("answer: café 北京 \ud800", Answer("café 北京 ?", (), True)),
     ("answer:", Answer("", (), False)), ("answer:  * \n", Answer("", (), False)),
     ("relevant: 1\nanswer:\nKia", Answer("", (1,), False)),
     ("", Answer("", (), False)), ("Kia", Answer("", (), False)), ("relevant: 1, 2", Answer("", (), False)),
@@ -160,7 +160,8 @@ def test_any_text_gives_an_answer(completions):
         found = parse(completion)
         assert found.is_valid == bool(found.text) and len(found.text) <= 1000 and len(found.text.splitlines()) <= 1
         assert "answer" in completion.lower() or not found.text
-        assert found.text in " ".join(completion.replace("*", "").split()), "not a word that is not there"
+        written = completion.replace("*", "").encode("utf-8", "replace").decode()
+        assert found.text in " ".join(written.split()), "not a word that is not there"
         assert len(set(found.selected)) == len(found.selected) and all(0 <= n <= 9999 for n in found.selected)
         seen.append(found)
 

@@ -163,12 +163,16 @@ def test_a_list_that_is_not_whole_is_not_carried_out_in_part(completion):
 
 
 def test_threshold_of_a_quote():
-    """difflib's ratio is 2 M / T, M letters in common of T in both: 4 of 5 and 5 is .8, 2 of 5 and 5 is .4."""
+    """
+    Letter triples of "  abcde ": six. "abcdz" shares "  a", " ab", "abc", "bcd": 2 * 4 / 12 = .67; "abczz" three: .5.
+    """
     def named(text, quote):
         case = replace(CASE, memories=(Memory(5, text, "Jon", ""),))
         return parse(json.dumps([{"event": "DELETE", "old_memory": quote}]), case) is not None
     assert manager.CLOSE_ENOUGH == 0.6
-    assert named("abcde", "abcdz") and named("abcde", "abczz") and not named("abcde", "abzzz")
+    assert manager.similarity("abcde", "abcdz") == pytest.approx(2 / 3)
+    assert manager.similarity("abcde", "abcde") == 1 and manager.similarity("abcde", "vwxyz") == 0
+    assert named("abcde", "abcdz") and not named("abcde", "abczz")
     assert not named("abcde", "abc" + "z" * 995)
     assert parse('[{"event": "DELETE", "old_memory": "a"}]', replace(CASE, memories=())) is None
 

@@ -46,16 +46,18 @@ def test_unknown_split_is_one_line():
 
 
 def test_every_word_belongs_to_one_split():
-    pools = {pool: text.split() if pool == "person" else text.split(",") for pool, text in WORLD["pools"].items()}
     home = {}
     for split in SPLITS:
-        for dealt in WORDS[split].values():
-            assert len(dealt) == len(set(dealt)) >= 6 and all(word == word.strip() != "" for word in dealt)
-            for word in dealt:
-                assert home.setdefault(word.casefold(), split) == split, word
-    assert {word.casefold() for pool in pools.values() for word in pool} == home.keys()
-    for pool, every in pools.items():
-        assert sorted(every) == sorted(word for split in SPLITS for word in WORDS[split][pool])
+        for pool, dealt in WORDS[split].items():
+            assert len(dealt) == len(set(dealt)) >= 4, (split, pool)
+            for word in (word for value in dealt for word in words(value)):
+                assert home.setdefault(word, split) == split, word
+    for pool, every in WORLD["pools"].items():
+        every = every.split() if pool == "person" else every.split(",")
+        dealt = [value for split in SPLITS for value in WORDS[split][pool]]
+        assert set(dealt) <= set(every) and len(dealt) == len(set(dealt)) > 0.7 * len(every)
+        for value in set(every) - set(dealt):
+            assert home.keys() & set(words(value)), f"{value} shares no word with any split, and is left out"
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -104,7 +106,7 @@ def lines_like(option, lines):
 
 
 def heard(phrasing):
-    talks = [talk for split in ("train", "pretrain") for talk in synthetic.load(split, 100, 0, 30, phrasing)]
+    talks = [talk for split in ("train", "pretrain") for talk in synthetic.load(split, 200, 0, 30, phrasing)]
     lines = [turn.text for talk in talks for turn in talk.turns]
     return {line.casefold() for line in lines + [question.text for talk in talks for question in talk.questions]}
 
@@ -160,7 +162,7 @@ def test_turns_are_numbered_and_dated(talks):
         assert days == sorted(days) and len(set(days)) == 4
 
 
-def test_every_kind_occurs_and_values_are_merged_up_to_three(recorded, talks):
+def test_every_kind_occurs_and_two_values_at_most_are_merged(recorded, talks):
     kinds = Counter(kind for world in recorded for *_, kind, _ in world.log)
     assert kinds.keys() == synthetic.KINDS.keys() and min(kinds.values()) > 0.01 * sum(kinds.values())
     events = {kind: {said[2] for world in recorded for *_, one, said in world.log if one == kind} for kind in kinds}
@@ -169,7 +171,7 @@ def test_every_kind_occurs_and_values_are_merged_up_to_three(recorded, talks):
     for world, dialogue in zip(recorded, talks, strict=True):
         assert [(entry.speaker, entry.text) for entry in world.bank] == list(replay(dialogue)[-1])
     sizes = Counter(len(entry.values) for world in recorded for entry in world.bank)
-    assert sizes.keys() == {1, 2, 3} and min(sizes.values()) >= 20
+    assert sizes.keys() == {1, 2} and min(sizes.values()) >= 20
     for world in recorded:
         for *_, kind, (text, fact, _, old, new, _, value) in world.log:
             assert kind in ("talk", "chat") or value in text, (kind, text)
