@@ -46,11 +46,13 @@ class Config:
     lr: float = 2e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     critic_lr: float = 5e-3  # a few times lr: the critic has to keep up with a policy that moves
     warmup: int = 5  # steps until the learning rates are reached
+    schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
     clip: float = 0.2
     value_clip: float = 0.2  # a value may come this much closer to its return in a step; 0: no limit
     gamma: float = 1.0  # discount
     lam: float = 1.0  # GAE's lambda: 1 trusts the outcome, 0 the critic's next value
     beta: float = 0.01  # weight of the KL penalty
+    loss_mean: str = "completion"  # "completion": over its tokens, then over completions; "token": over all tokens
     temperature: float = 1.0
     max_new_tokens: int = 128
     grad_clip: float = 1.0
@@ -155,10 +157,11 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     return gap.exp() - gap - 1
 
 
-def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
+def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length=None):
     """
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
-    (1707.06347, eq. 7, with a mean over a completion before that over completions, as in grpo.py.)
+    (1707.06347, eq. 7, with a mean over a completion before that over completions, as in grpo.py.) With `mean_length`
+    that number stands for every |o_i|, which makes it a mean over tokens.
     logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns -J per row (N,), and
     per token (N, C) the KL and whether the clip took the gradient away.
     """
@@ -167,7 +170,8 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta):
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
     objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
-    return -row_means(objective, mask), kl.detach(), (clipped < rho * A).detach()
+    per_row = (objective * mask).sum(dim=1) / (mean_length or mask.sum(dim=1).clamp(min=1))
+    return -per_row, kl.detach(), (clipped < rho * A).detach()
 
 
 def value_loss(values, values_old, returns, mask, clip):
@@ -200,8 +204,7 @@ def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
     return Rollouts([rollouts.prompts[i] for i in groups], completions, *(tensor[rows, :width] for tensor in tensors))
 
 
-def backward(policy: Policy, critic: Critic, part: Rollouts, num_rows: int, adapter: str,
-             config: Config) -> dict[str, float]:
+def backward(policy: Policy, critic: Critic, part: Rollouts, num_rows: int, mean_length, adapter: str, config: Config):
     """Adds the gradients of some groups' share in both losses over `num_rows` completions; returns sums over tokens."""
     logp_ref = None
     if config.beta > 0:
@@ -209,7 +212,8 @@ def backward(policy: Policy, critic: Critic, part: Rollouts, num_rows: int, adap
             logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
     with policy.using(adapter):
         logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
-    losses, kl, is_clipped = ppo_loss(logp, part.logp_old, logp_ref, part.advantages, mask, config.clip, config.beta)
+    losses, kl, is_clipped = ppo_loss(logp, part.logp_old, logp_ref, part.advantages, mask, config.clip, config.beta,
+                                      mean_length)
     (losses.sum() / num_rows).backward()
     values = critic(part.prompts, part.completions)
     errors = value_loss(values, part.values_old, part.returns, mask, config.value_clip)
@@ -223,6 +227,7 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
            rng: random.Random) -> dict[str, float]:
     """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
     groups = list(range(len(rollouts.prompts)))
+    mean_length = rollouts.mask.sum().item() / len(rollouts.mask) if config.loss_mean == "token" else None
     sums = dict.fromkeys(("kl", "clip_rate", "entropy", "value_loss", "tokens"), 0.0)
     norms = []
     for _ in range(config.epochs):
@@ -233,7 +238,8 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
             num_rows = len(batch.mask)
             optimizer.zero_grad(set_to_none=True)
             for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
-                for name, value in backward(policy, critic, pick(batch, indices), num_rows, adapter, config).items():
+                part = pick(batch, indices)
+                for name, value in backward(policy, critic, part, num_rows, mean_length, adapter, config).items():
                     sums[name] += value
             norm, critic_norm = (torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
                                  for group in optimizer.param_groups)
@@ -266,11 +272,17 @@ def rollouts_of(critic: Critic, prompts, groups: list[list[Completion]], rewards
     return Rollouts(prompts, completions, mask, logp_old, values, whiten(advantages, mask), returns)
 
 
+def learning_rate_share(step: int, config: Config) -> float:
+    """Of the peak learning rate, at steps 1, 2, ..., `steps`."""
+    left = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
+    return min(1.0, step / max(1, config.warmup), left)
+
+
 def train_step(policy: Policy, critic: Critic, task: Task, optimizer, adapter: str, config: Config, step: int, rng):
     """Steps 1 to 6 of the list above. Returns the step's metrics and its rollouts as a person would read them."""
     start = time.time()
     for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr), strict=True):
-        group["lr"] = lr * min(1.0, step / max(1, config.warmup))
+        group["lr"] = lr * learning_rate_share(step, config)
     episodes = task.batch(step)
     with policy.using(adapter):
         groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,

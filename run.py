@@ -50,7 +50,8 @@ ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": 
 
 # What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks.
 DEFAULTS = {"top_k": (4, 10), "memories": (4, 60), "max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512),
-            "max_answer_tokens": (48, 256), "extract": (False, True), "named_only": (True, False), "eval": (32, 1)}
+            "max_answer_tokens": (48, 256), "extract": (False, True), "named_only": (True, False), "eval": (32, 1),
+            "linked": ("all", "mean"), "loss_mean": ("token", "completion")}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
@@ -79,8 +80,9 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
     add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
-    add("--loss-mean", choices=("completion", "token"), default="completion",
-        help="mean over a completion's tokens, then over completions, as published; or over all tokens (completion)")
+    add("--loss-mean", choices=("completion", "token"),
+        help="mean over a completion's tokens, then over completions, as published, or over all tokens (synthetic: "
+             "token, real data: completion)")
     add("--temperature", type=float, default=1.0, help="of sampling in training; evaluation is greedy (1.0)")
     add("--critic-lr", type=float, help="ppo: peak learning rate of the critic (2.5 times --lr)")
     add("--gamma", type=float, default=1.0, help="ppo: discount (1.0)")

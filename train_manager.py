@@ -232,8 +232,9 @@ def arguments(argv=None) -> argparse.Namespace:
                      help="who builds the bank before a turn: the Manager as it is, the base model, or the known "
                           "operations of synthetic data (self)")
     own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
-    own.add_argument("--linked", choices=("mean", "all"), default="mean",
-                     help="reward: mean score over the linked questions, or 1 only if all are right (mean)")
+    own.add_argument("--linked", choices=("mean", "all"),
+                     help="reward: mean score over the linked questions, or 1 only if all are right (synthetic: all, "
+                          "real data: mean)")
     own.add_argument("--refresh", type=int, default=5, help="steps until banks are built anew (5)")
     args = fill_defaults(parser.parse_args(argv))
     if args.bank == "oracle" and args.data != "synthetic":
