@@ -232,18 +232,18 @@ def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int =
         return [(turn.text,) for turn in turns]
     prompts = [policy.encode(chat(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text))) for turn in turns]
     with policy.using(None):
-        groups = policy.sample(prompts, 1, max_new_tokens, temperature=0)
+        groups = policy.sample(prompts, 1, max_new_tokens, temperature=0) if prompts else []
     return [tuple(parse_facts(group[0].text)) for group in groups]
 
 
 Facts = dict[tuple[str, str], tuple[str, ...]]  # (dialogue id, turn id) -> facts
 
 
-def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, known: Facts) -> None:
+def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, known: Facts, max_new_tokens: int = 256) -> None:
     """Adds to `known` the facts of all turns it lacks. They depend on no bank, so all dialogues go in one batch."""
     missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
                if (dialogue.id, turn.id) not in known}
-    known.update(zip(missing, facts_of(policy, list(missing.values()), extract) if missing else [], strict=True))
+    known.update(zip(missing, facts_of(policy, list(missing.values()), extract, max_new_tokens), strict=True))
 
 
 def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
@@ -306,7 +306,7 @@ def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "mod
     built = [Built(MemoryBank(embedder)) for _ in dialogues]
     known = {} if known is None else known
     if how == "model" or (how == "add-all" and not all(turn.fact for dialogue in dialogues for turn in dialogue.turns)):
-        read_facts(policy, dialogues, extract, known)
+        read_facts(policy, dialogues, extract, known, max_new_tokens)
     facts = [[known.get((dialogue.id, turn.id), ()) for turn in dialogue.turns] for dialogue in dialogues]
     longest = max((len(dialogue.turns) for dialogue in dialogues), default=0)
     for i in tqdm(range(longest), desc=progress, disable=None if progress else True, leave=False):

@@ -48,10 +48,12 @@ EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
 
 
-# What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks.
-DEFAULTS = {"top_k": (4, 10), "memories": (4, 60), "max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512),
-            "max_answer_tokens": (48, 256), "extract": (False, True), "named_only": (True, False), "eval": (32, 1),
-            "linked": ("all", "mean"), "loss_mean": ("token", "completion")}
+# What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks; with the tiny model, and with
+# others.
+BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
+           "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion")}
+BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
+            "lr": (2e-3, 2e-5)}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
@@ -93,9 +95,10 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add = parser.add_argument_group("model and memory").add_argument
     add("--rank", type=int, default=16, help="of LoRA (16)")
     add("--alpha", type=float, default=32.0, help="of LoRA; updates are scaled by alpha / rank (32)")
-    add("--max-prompt-tokens", type=int, help="longer prompts lose their least similar memories (1024; real data 4096)")
-    add("--max-new-tokens", type=int, help="of a trained agent's output (80; real data 512)")
-    add("--max-answer-tokens", type=int, help="of an answer that only serves the reward (48; real data 256)")
+    add("--max-prompt-tokens", type=int,
+        help="longer prompts lose their least similar memories (1024; other models 4096)")
+    add("--max-new-tokens", type=int, help="of a trained agent's output (80; other models 512)")
+    add("--max-answer-tokens", type=int, help="of an answer that serves the reward (48; other models 256)")
     add("--micro-batch-tokens", type=int, default=16384, help="of one forward and backward pass (16384)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
     add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
@@ -109,11 +112,11 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
 
 def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """Fills what depends on other flags, and refuses numbers that make no sense."""
-    for name, values in DEFAULTS.items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, values[args.data != "synthetic"])
-    if args.lr is None:
-        args.lr = 2e-3 if Path(args.model).resolve() == TINY.resolve() else 2e-5
+    is_other = Path(args.model).resolve() != TINY.resolve()
+    for defaults, column in ((BY_DATA, args.data != "synthetic"), (BY_MODEL, is_other)):
+        for name, values in defaults.items():
+            if getattr(args, name, 0) is None:
+                setattr(args, name, values[column])
     args.critic_lr = 2.5 * args.lr if args.critic_lr is None else args.critic_lr
     args.epochs = {"grpo": 1, "ppo": 2}[args.algo] if args.epochs is None else args.epochs
     args.out = args.out or f"runs/{args.agent}-{args.algo}"

@@ -88,8 +88,8 @@ class ManagerTask:
         return self.pool[(step - first) * P:(step - first + 1) * P]
 
     def prepare(self, first: int) -> list[Episode]:
-        """The episodes of the steps `first`, ..., `first + refresh - 1`, in the order they are used."""
-        wanted = self.args.batch_size * self.args.refresh
+        """The episodes of the steps `first`, ..., `first + refresh - 1` (or the last), in the order they are used."""
+        wanted = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
         rng = random.Random(f"{self.args.seed} {first}")
         chosen: list[tuple[Dialogue, int]] = []
         if self.fixed is None:  # some four turns of every conversation
@@ -101,7 +101,7 @@ class ManagerTask:
                   if turn.id in linked_questions(dialogue)]
         while len(chosen) < wanted:  # a small data set is gone through again
             chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
-        manager.read_facts(self.policy, dialogues, self.args.extract, self.facts)
+        manager.read_facts(self.policy, dialogues, self.args.extract, self.facts, self.args.max_new_tokens)
         banks = self.banks_before(chosen)
         return [self.episode(dialogue, i, bank) for (dialogue, i), bank in zip(chosen, banks, strict=True)]
 

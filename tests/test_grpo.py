@@ -339,3 +339,19 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tiny, tmp_path):
     run_toy(tiny, tmp_path / "stopped", ("rewards", 1))
     _, task, resumed = run_toy(tiny, tmp_path / "stopped", resume=True)
     assert task.seen == [1, 2, 3, 4, 5, 6] and resumed == whole
+
+
+# --- departures that are flags ---
+
+def test_a_mean_over_tokens_weighs_long_completions_more():
+    """Ratio 1 and A = 1: a row of 1 token and one of 3 give -1 each by the published mean; by tokens -1/2 and -3/2."""
+    logp, mask = torch.zeros(2, 3), torch.tensor([[1., 0, 0], [1, 1, 1]])
+    published, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0)
+    by_tokens, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0, mean_length=2.0)
+    assert published.tolist() == [-1, -1] and by_tokens.tolist() == [-0.5, -1.5]
+
+
+def test_the_learning_rate_rises_and_falls():
+    linear, constant = (Config(steps=10, warmup=2, schedule=schedule) for schedule in ("linear", "constant"))
+    assert [grpo.learning_rate_share(step, linear) for step in (1, 2, 6, 10)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
+    assert [grpo.learning_rate_share(step, constant) for step in (1, 2, 6, 10)] == [0.5, 1, 1, 1]

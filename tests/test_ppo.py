@@ -281,7 +281,7 @@ def test_it_learns(tiny, tmp_path, group_size):
     assert rows[0]["reward"] < 0.1 and rows[-1]["reward"] > 0.5
     assert not rows[0]["explained_variance"] and rows[0]["kl"] < 1e-3  # None if all rewards are 0
     assert (rows[0]["reward_std"] > 0) == (group_size > 1)
-    assert (rows[0]["lr"], rows[-1]["lr"]) == pytest.approx((1e-2 / 5, 1e-2 / 30))  # warm-up, then linear to the last of 30
+    assert (rows[0]["lr"], rows[-1]["lr"]) == pytest.approx((1e-2 / 5, 1e-2 / 30))
     assert {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
             "value_loss", "explained_variance", "completion_tokens", "invalid_rate", "unfinished_rate"} <= set(rows[0])
     assert all(torch.equal(x, base[name]) for name, x in policy.model.named_parameters())
