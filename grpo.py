@@ -29,7 +29,7 @@ from run import Run, optimizer_tensors, random_state, read_rows, restore_optimiz
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 60
+    steps: int = 80
     group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
     batch_size: int = 16  # P, prompts a step
     epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped

@@ -38,7 +38,7 @@ from run import Run, optimizer_tensors, random_state, read_rows, restore_optimiz
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 60
+    steps: int = 80
     group_size: int = 8  # G; to PPO they are independent rollouts, and 1 will do
     batch_size: int = 16  # P, prompts a step
     epochs: int = 2  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped

@@ -51,7 +51,7 @@ ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": 
 # What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks; with the tiny model, and with
 # others.
 BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
-           "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion")}
+           "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
             "lr": (2e-3, 2e-5)}
 
@@ -71,7 +71,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (32; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
-    add("--steps", type=int, default=60, help="batches of rollouts (60)")
+    add("--steps", type=int, default=80, help="batches of rollouts (80)")
     add("--batch-size", type=int, default=16, help="prompts a step (16)")
     add("--group-size", type=int, default=8, help="completions of each prompt (8)")
     add("--reward", choices=("em", "f1"), default="em", help="how an answer is scored; em is the paper's (em)")

@@ -144,23 +144,27 @@ class ManagerTask:
 
     def rewards(self, episodes, groups):
         """The score of the frozen answerer on each candidate's bank; 0 for an output that cannot be carried out."""
-        candidates, rewards = [], torch.zeros(len(episodes), len(groups[0]))
+        candidates, rewards, parts = [], torch.zeros(len(episodes), len(groups[0])), {}
         for i, (episode, group) in enumerate(zip(episodes, groups, strict=True)):
             for g, completion in enumerate(group):
                 edits = manager.parse(completion.text, episode.case)
                 if edits is not None:
                     candidates.append((i, g, edits))
         answers, sizes = self.answers([(episodes[i], edits) for i, _, edits in candidates])
-        samples, score = [], REWARDS[self.args.reward]
+        score = REWARDS[self.args.reward]
         for (i, g, _), given in zip(candidates, answers, strict=True):
             scores = [score(text, question.answer) for text, question in zip(given, episodes[i].questions, strict=True)]
             rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) == 1)
-            if g == 0 and i < 4:
-                samples.append(self.readable(episodes[i], groups[i][g].text, rewards[i, g].item(), scores, given))
+            parts[i, g] = [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: one}
+                           for question, text, one in zip(episodes[i].questions, given, scores, strict=True)]
         num_outputs = rewards.numel()
         ops = Counter(edit.event for _, _, edits in candidates for edit in edits)
         extra = {"invalid_rate": 1 - len(candidates) / num_outputs,
                  "ops": {event: ops[event] for event in manager.EVENTS}, "bank_size": sum(sizes) / max(1, len(sizes))}
+        samples = [{"prompt": manager.case_text(episode.case.speaker, episode.case.time, episode.case.shown(),
+                                                episode.case.facts), "completion": group[0].text,
+                    "reward": rewards[i, 0].item(), "parts": parts.get((i, 0), "invalid")}
+                   for i, (episode, group) in enumerate(zip(episodes[:4], groups, strict=False))]
         return rewards, extra, samples
 
     def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
@@ -179,12 +183,6 @@ class ManagerTask:
         args = self.args
         return answer.ask(self.policy, bank, question.text, speakers, max(1, args.memories // 2), True,
                           args.named_only, args.floor, args.max_prompt_tokens)
-
-    def readable(self, episode: Episode, output: str, reward: float, scores, answers) -> dict:
-        return {"prompt": manager.case_text(episode.case.speaker, episode.case.time, episode.case.shown(),
-                                            episode.case.facts), "completion": output, "reward": reward,
-                "parts": [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: score}
-                          for question, text, score in zip(episode.questions, answers, scores, strict=True)]}
 
     # -------------------------------------------------------------------------------------------- held out
 
@@ -228,9 +226,9 @@ def arguments(argv=None) -> argparse.Namespace:
     own = parser.add_argument_group("the Manager's task")
     own.add_argument("--window", type=int, default=50, help="turns the bank before a turn is built from (50)")
     own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
-    own.add_argument("--bank", choices=("self", "base", "oracle"), default="self",
+    own.add_argument("--bank", choices=("self", "base", "oracle"),
                      help="who builds the bank before a turn: the Manager as it is, the base model, or the known "
-                          "operations of synthetic data (self)")
+                          "operations (synthetic: oracle, real data: base)")
     own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
     own.add_argument("--linked", choices=("mean", "all"),
                      help="reward: mean score over the linked questions, or 1 only if all are right (synthetic: all, "
