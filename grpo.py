@@ -29,12 +29,12 @@ from run import Run, optimizer_tensors, random_state, read_rows, restore_optimiz
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 80
+    steps: int = 90
     group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
-    batch_size: int = 16  # P, prompts a step
+    batch_size: int = 24  # P, prompts a step
     epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped
     minibatch: int = 0  # groups per optimizer step; 0: all of them at once
-    lr: float = 2e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
+    lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     warmup: int = 5  # steps until the learning rate is reached
     schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
     clip: float = 0.2

@@ -38,12 +38,12 @@ from run import Run, optimizer_tensors, random_state, read_rows, restore_optimiz
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 80
+    steps: int = 90
     group_size: int = 8  # G; to PPO they are independent rollouts, and 1 will do
-    batch_size: int = 16  # P, prompts a step
+    batch_size: int = 24  # P, prompts a step
     epochs: int = 2  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped
     minibatch: int = 0  # groups per optimizer step; 0: all of them at once
-    lr: float = 2e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
+    lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     critic_lr: float = 5e-3  # a few times lr: the critic has to keep up with a policy that moves
     warmup: int = 5  # steps until the learning rates are reached
     schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper

@@ -53,7 +53,7 @@ ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": 
 BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
-            "lr": (2e-3, 2e-5)}
+            "lr": (3e-3, 2e-5)}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
@@ -71,13 +71,13 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (32; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
-    add("--steps", type=int, default=80, help="batches of rollouts (80)")
-    add("--batch-size", type=int, default=16, help="prompts a step (16)")
+    add("--steps", type=int, default=90, help="batches of rollouts (90)")
+    add("--batch-size", type=int, default=24, help="prompts a step (24)")
     add("--group-size", type=int, default=8, help="completions of each prompt (8)")
     add("--reward", choices=("em", "f1"), default="em", help="how an answer is scored; em is the paper's (em)")
     add("--epochs", type=int, help="passes over a step's completions (grpo 1, ppo 2)")
     add("--minibatch", type=int, default=0, help="prompts per optimizer step, 0 for all (0)")
-    add("--lr", type=float, help="peak learning rate (2e-3 for the tiny model, 2e-5 for others)")
+    add("--lr", type=float, help="peak learning rate (3e-3 for the tiny model, 2e-5 for others)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
