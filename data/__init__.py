@@ -30,7 +30,7 @@ class Turn:
     text: str  # an image is rendered into it by its caption
     time: str  # as the benchmark writes it: "1:56 pm on 8 May, 2023"
     fact: str = ""  # synthetic only: what the turn says, as one memory; "" if there is nothing to keep
-    operation: Operation | None = None  # synthetic only, for baselines and agreement; training never reads it
+    operation: Operation | None = None  # synthetic only: for baselines, agreement, and `--bank oracle`
 
 
 @dataclass(frozen=True)
