@@ -398,7 +398,7 @@ def test_lockstep_equals_one_by_one(fake, extract, is_tight):
     calls = [call for call in policy.calls if call[0] == "manager"]
     assert {options for _, _, options in calls} == {(1, 99, 0)}
     if extract:
-        assert policy.calls[0] == (None, 40 + 5 + 20, (1, 256, 0)) and calls == policy.calls[1:]
+        assert policy.calls[0] == (None, 40 + 5 + 20, (1, 99, 0)) and calls == policy.calls[1:]
     else:
         assert [n for _, n, _ in calls] == [3] * 5 + [2] * 15 + [1] * 20
 
@@ -420,9 +420,9 @@ def test_known_operations_on_a_bank_that_lacks_the_entry_or_has_it_twice():
 
 def test_facts_known_from_before_are_not_extracted_again(fake):
     policy, known, dialogues = fake(by_checksum), {}, ragged()
-    first = build_banks(policy, dialogues[:2], HASH, known=known)
-    second = build_banks(policy, dialogues, HASH, known=known)
-    assert [n for role, n, options in policy.calls if options[1] == 256] == [45, 20] and len(known) == 65
+    first = build_banks(policy, dialogues[:2], HASH, adapter="manager", known=known)
+    second = build_banks(policy, dialogues, HASH, adapter="manager", known=known)
+    assert [n for role, n, _ in policy.calls if role is None] == [45, 20] and len(known) == 65
     assert [list(one.bank) for one in second[:2]] == [list(one.bank) for one in first]
 
 

@@ -43,8 +43,11 @@ def test_config_and_an_existing_run(tmp_path):
     config = json.loads((run.folder / "config.json").read_text())
     assert config.items() >= CONFIG.items()
     assert set(config["versions"]) == {"python", "torch", "transformers", "numpy"}
-    with pytest.raises(UsageError, match="already holds a run.*--out.*--resume.*remove"):
+    with pytest.raises(UsageError, match="already holds a run.*--out.*--resume.*--overwrite"):
         Run(run.folder, CONFIG)
+    (run.folder / "mine.txt").touch()
+    Run(run.folder, CONFIG, overwrite=True)
+    assert {path.name for path in run.folder.iterdir()} == {"config.json", "mine.txt"}
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file/x cannot be written .Not a directory"):
         Run(tmp_path / "file" / "x", CONFIG)
