@@ -97,13 +97,15 @@ class ManagerTask:
             dialogues = data.load("synthetic", "train", count=-(-wanted // 4), seed=self.args.seed * 100_000 + first)
         else:
             dialogues = self.fixed
+        linked = {dialogue.id: linked_questions(dialogue) for dialogue in dialogues}
         places = [(dialogue, i) for dialogue in dialogues for i, turn in enumerate(dialogue.turns)
-                  if turn.id in linked_questions(dialogue)]
+                  if turn.id in linked[dialogue.id]]
         while len(chosen) < wanted:  # a small data set is gone through again
             chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
         manager.read_facts(self.policy, dialogues, self.args.extract, self.facts, self.args.max_new_tokens)
         banks = self.banks_before(chosen)
-        return [self.episode(dialogue, i, bank) for (dialogue, i), bank in zip(chosen, banks, strict=True)]
+        return [self.episode(dialogue, i, bank, linked[dialogue.id][dialogue.turns[i].id])
+                for (dialogue, i), bank in zip(chosen, banks, strict=True)]
 
     def banks_before(self, places: list[tuple[Dialogue, int]]) -> list[MemoryBank]:
         """
@@ -133,12 +135,12 @@ class ManagerTask:
         return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
                                    args.max_prompt_tokens, args.max_new_tokens, known=self.facts, **options)
 
-    def episode(self, dialogue: Dialogue, i: int, bank: MemoryBank) -> Episode:
+    def episode(self, dialogue: Dialogue, i: int, bank: MemoryBank, questions: tuple[Question, ...]) -> Episode:
         turn = dialogue.turns[i]
         facts = self.facts[dialogue.id, turn.id] or (turn.text,)  # a linked turn matters, whatever the extractor thinks
         case = manager.case_of(bank, turn, facts, self.args.top_k)
         ids, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        return Episode(ids, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers)
+        return Episode(ids, case, bank, turn, questions, dialogue.speakers)
 
     # -------------------------------------------------------------------------------------------- rewards
 
