@@ -8,6 +8,7 @@ The paper (arXiv 2508.19828) splits by conversation: one trains, one validates, 
 category 5. Categories: 1 multi-hop, 2 temporal, 3 open-domain, 4 single-hop, 5 adversarial.
 The data is CC BY-NC 4.0, so it is no part of this repository. A turn with a photo reads
     What a day! [shares a photo: a photo of a dog on a beach]
+The other benchmarks use `cached_file`, `read` and `member` too.
 """
 import hashlib
 import http.client
@@ -25,6 +26,7 @@ SHA256 = "79fa87e90f04081343b8c8debecb80a9a6842b76a7aa537dc9fdf651ea698ff4"
 SIZE = 2_805_274  # bytes
 TIMEOUT = 20  # seconds without an answer until the network counts as absent
 
+KEYS = {"sample_id", "conversation", "qa"}  # of an entry, to tell the format from others
 SPLITS = {
     "train": ("conv-26",),
     "val": ("conv-30",),
@@ -34,17 +36,19 @@ SPLITS["all"] = SPLITS["train"] + SPLITS["val"] + SPLITS["test"]
 UNANSWERABLE = "Not mentioned in the conversation"  # the right reply in category 5, as LoCoMo words it
 
 
-def load(split: str = "train", path: str | Path | None = None, adversarial: bool = False) -> list[Dialogue]:
+def load(split: str = "train", path: str | Path | None = None, adversarial: bool = False,
+         entries: list | None = None) -> list[Dialogue]:
     """
     The dialogues of a split, in the order of the file. Without a path: the published file, from the cache.
     A file with any sample_id unknown to LoCoMo is the user's own: all of it belongs to every split.
     `adversarial` adds category 5, whose answer is `UNANSWERABLE` where the file gives none.
+    `entries`: what the file at `path` holds, if it has been read already.
     """
     if split not in SPLITS:
         raise UsageError(f'LoCoMo has no split "{split}": choose one of {", ".join(SPLITS)}')
-    path = Path(path) if path is not None else cached_file()
+    path = path or cached_file("locomo10.json", "LoCoMo", ADDRESS, SHA256, SIZE)
     dialogues = {}
-    for i, entry in enumerate(read(path)):
+    for i, entry in enumerate(entries or read(path)):
         dialogue = dialogue_of(entry, f"{path}: entry {i}", adversarial)
         if dialogue.id in dialogues:  # the ids of questions, and whose memory is whose, hang on it
             raise UsageError(f'{path}: entry {i}: an earlier entry has the "sample_id" "{dialogue.id}"')
@@ -58,45 +62,48 @@ def load(split: str = "train", path: str | Path | None = None, adversarial: bool
     return chosen
 
 
-def cached_file() -> Path:
-    """The published file in the cache folder, fetched if it is not there."""
+def cached_file(file: str, title: str, address: str, sha256: str, size: int) -> Path:
+    """A published file in the cache folder, fetched if it is not there."""
     folder = Path(os.environ.get("MEMORY_R1_DATA") or "~/.cache/memory-r1").expanduser()
-    path = folder / "locomo10.json"
+    path = folder / file
     if not os.path.exists(path):
-        fetch(path)
+        fetch(path, title, address, sha256, size)
     return path
 
 
-def fetch(path):
-    """Downloads LoCoMo to `path`, which then holds the whole, checked file; else nothing is there."""
-    print(f"fetching LoCoMo ({SIZE / 1e6:.1f} MB) to {path}", file=sys.stderr)
+def fetch(path, title, address, sha256, size):
+    """Downloads at most `size` bytes to `path`, which then holds the whole, checked file; else nothing is there."""
+    print(f"fetching {title} ({size / 1e6:.1f} MB) to {path}", file=sys.stderr)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with urllib.request.urlopen(ADDRESS, timeout=TIMEOUT) as response:
-            content = response.read(SIZE + 1)  # one byte more, to notice a longer file
-        if len(content) != SIZE or hashlib.sha256(content).hexdigest() != SHA256:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+            content = response.read(size + 1)  # one byte more, to notice a longer file
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise OSError(f"{len(content)} bytes came that are not the published file")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
-        reason = f"LoCoMo is not at {path} and could not be fetched ({error})"
-        raise UsageError(f"{reason}: put {ADDRESS} there, or name a file with --data") from None
+        reason = f"{title} is not at {path} and could not be fetched ({error})"
+        raise UsageError(f"{reason}: put {address} there, or name a file with --data") from None
     finally:
         if os.path.exists(partial):
             os.remove(partial)
 
 
-def read(path):
-    """The list of entries in a file, not looked into yet."""
+def read(path: str | Path) -> list:
+    """The entries of a file, a JSON list or one JSON object a line, not looked into yet."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if text.lstrip().startswith("{"):  # one to a line: a JSON string has no line break inside
+            text = "[" + text.strip().replace("\n", ",\n") + "]"
+        entries = json.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not JSON ({error})") from None
+        raise UsageError(f"{path}: is neither JSON nor one JSON object a line ({error})") from None
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"{path}: is not a list of conversations as LoCoMo has it")
+        raise UsageError(f"{path}: is not a list of conversations")
     return entries
 
 
@@ -182,5 +189,6 @@ def clean(text):
     White space folded, and what nobody sees removed: zero-width spaces (joiners stay: emoji need them) and
     halves of surrogate pairs, which no tokenizer and no file takes.
     """
-    text = text.encode("utf-8", "ignore").decode()
-    return " ".join(re.sub("[\u200b\u2060\ufeff]", "", text).split())
+    if not text.isascii():
+        text = re.sub("[\u200b\u2060\ufeff]", "", text.encode("utf-8", "ignore").decode())
+    return " ".join(text.split())

@@ -1,0 +1,222 @@
+"""LongMemEval's loader: every irregularity of the files survived, no label in any text, malformed files in one line."""
+import copy
+import functools
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import UsageError, longmemeval
+
+ENTRY = {
+    "question_id": "gpt4_1a2b3c4d_abs",
+    "question_type": "temporal-reasoning",
+    "question": "How many days  ago? ",
+    "answer": 2,
+    "question_date": "2023/05/30 (Tue) 23:40",
+    "haystack_dates": ["2023/05/30 (Tue) 09:00", "2023/06/02 (Fri) 10:00", "2023/05/09 (Tue) 23:00",
+                       "2023/05/30 (Tue) 09:00", "2023/05/10 (Wed) 00:00"],
+    "haystack_session_ids": ["answer_7_2", "answer_7_1", "ultra_1", "ultra_1", "share_2"],
+    "haystack_sessions": [
+        [{"role": "assistant", "content": "Hello\n\nyou"}, {"role": "user", "content": "C", "has_answer": False}],
+        [{"role": "user", "content": "after the question", "has_answer": True}],
+        [{"role": "user", "content": " "}, {"role": "assistant", "content": "A", "has_answer": True},
+         {"role": "assistant", "content": "twi\u200bce \ud83d\ude00"}],
+        [{"role": "user", "content": "the same day", "has_answer": None}],
+        [],
+    ],
+    "answer_session_ids": ["answer_7_2", "answer_7_1"],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(*entries):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(list(entries)))
+        return str(path)
+    return writer
+
+
+def changed(*keys, value=None, remove=False):
+    """ENTRY with the value under that path of keys replaced or removed."""
+    entry = copy.deepcopy(ENTRY)
+    node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
+    if remove:
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = value
+    return entry
+
+
+def test_turns_come_in_the_order_of_the_dates(write):
+    dialogue, = data.load(write(ENTRY), "test")
+    assert (dialogue.id, dialogue.speakers) == ("gpt4_1a2b3c4d_abs", ("user", "assistant"))
+    assert [(turn.id, turn.session, turn.speaker, turn.text, turn.time) for turn in dialogue.turns] == [
+        ("D1:2", 1, "assistant", "A", "2023/05/09 (Tue) 23:00"),
+        ("D1:3", 1, "assistant", "twice \U0001f600", "2023/05/09 (Tue) 23:00"),
+        ("D3:1", 3, "assistant", "Hello you", "2023/05/30 (Tue) 09:00"),  # session 2 is empty
+        ("D3:2", 3, "user", "C", "2023/05/30 (Tue) 09:00"),
+        ("D4:1", 4, "user", "the same day", "2023/05/30 (Tue) 09:00"),
+        ("D5:1", 5, "user", "after the question", "2023/06/02 (Fri) 10:00"),
+    ]
+
+
+def test_the_question(write):
+    dialogue, = data.load(write(ENTRY), "test")
+    question, = dialogue.questions
+    assert question.text == "Current date: 2023/05/30 (Tue) 23:40. How many days ago?"
+    assert (question.id, question.answer, question.category) == ("gpt4_1a2b3c4d_abs", "2", 16)
+    assert (question.evidence, question.asked) == (("D1:2", "D5:1"), None)
+
+
+def said(dialogue):
+    return [turn.text for turn in dialogue.turns] + [turn.time for turn in dialogue.turns] + [
+        text for question in dialogue.questions for text in (question.text, question.answer)]
+
+
+def test_labels_are_in_no_text_and_not_needed(write):
+    dialogue, = longmemeval.load(path=write(ENTRY))
+    for label in [ENTRY["question_id"], *ENTRY["haystack_session_ids"], "has_answer", "_abs", "temporal-reasoning"]:
+        assert not any(label in text for text in said(dialogue))
+    without = changed("haystack_session_ids", remove=True)
+    del without["answer_session_ids"]
+    assert longmemeval.load(path=write(without)) == [dialogue]
+
+
+def test_there_is_only_a_test_split(write, capsys):
+    for name in (write(ENTRY), "longmemeval", "longmemeval-s"):
+        with pytest.raises(UsageError, match='LongMemEval has no split "train": it is for evaluation'):
+            data.load(name, "train")
+    assert capsys.readouterr().err == ""  # nothing fetched before that is said
+
+
+@pytest.mark.parametrize("name, file", [("longmemeval", "longmemeval_oracle.json"),
+                                        ("longmemeval-s", "longmemeval_s_cleaned.json")])
+def test_the_cache_and_offline(tmp_path, monkeypatch, name, file):
+    monkeypatch.setenv("MEMORY_R1_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(longmemeval, "ADDRESS", "http://127.0.0.1:1/")
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(UsageError) as error:
+        data.load(name, "test")
+    assert f"put http://127.0.0.1:1/{file} there" in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path / "cache" / file) in str(error.value)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / file).write_text(json.dumps([ENTRY]))
+    assert len(data.load(name, "test")) == 1
+
+
+@pytest.mark.parametrize("entry, message", [
+    (changed("question_id", remove=True), 'entry 1 has no key "question_id"'),
+    (changed("question_id", value="q1"), 'entry 1: an earlier entry has the "question_id" "q1"'),
+    (changed("question_type", value="trivia"), 'entry 1 (gpt4_1a2b3c4d_abs): "question_type" is "trivia", not one of '
+     "single-session-user, single-session-preference, single-session-assistant, multi-session, knowledge-update, "
+     "temporal-reasoning"),
+    (changed("question", value=" "), 'entry 1 (gpt4_1a2b3c4d_abs): "question" is empty'),
+    (changed("question_date", remove=True), 'entry 1 (gpt4_1a2b3c4d_abs) has no key "question_date"'),
+    (changed("answer", value=[]), 'entry 1 (gpt4_1a2b3c4d_abs): "answer" is not text or a number'),
+    (changed("haystack_sessions", value={}), 'entry 1 (gpt4_1a2b3c4d_abs): "haystack_sessions" is not a list'),
+    (changed("haystack_dates", value=["2023/05/30 (Tue) 09:00"]),
+     'entry 1 (gpt4_1a2b3c4d_abs): "haystack_dates" has 1 dates for 5 of "haystack_sessions"'),
+    (changed("haystack_dates", 2, value="8 May"), 'entry 1 (gpt4_1a2b3c4d_abs): session 2: "haystack_dates" has '
+     '"8 May", not the like of "2023/04/10 (Mon) 23:07"'),
+    (changed("haystack_dates", 2, value=3), 'entry 1 (gpt4_1a2b3c4d_abs): session 2: "haystack_dates" is not text'),
+    (changed("haystack_sessions", 0, value=3),
+     'entry 1 (gpt4_1a2b3c4d_abs): session 0: "haystack_sessions" is not a list'),
+    (changed("haystack_sessions", 0, 1, value=3), "entry 1 (gpt4_1a2b3c4d_abs): session 0, turn 1 is not an object"),
+    (changed("haystack_sessions", 0, 1, "content", remove=True),
+     'entry 1 (gpt4_1a2b3c4d_abs): session 0, turn 1 has no key "content"'),
+    (changed("haystack_sessions", 0, 1, "role", value="system"),
+     'entry 1 (gpt4_1a2b3c4d_abs): session 0, turn 1: "role" is "system", neither "user" nor "assistant"'),
+    (changed("haystack_sessions", value=[[]] * 5), 'entry 1 (gpt4_1a2b3c4d_abs): "haystack_sessions" has no turn'),
+    (3, "entry 1 is not an object"),
+])
+def test_malformed_entries_are_named(write, entry, message):
+    path = write(changed("question_id", value="q1"), entry)
+    with pytest.raises(UsageError) as error:
+        data.load(path, "test")
+    assert str(error.value) == f"{path}: {message}"
+
+
+def places(node, path=()):
+    """The path of keys of everything inside a JSON value."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
+
+
+TEXT = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", "user", "multi-session", "2023/05/30 (Tue) 23:40"])
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(places(ENTRY)), st.booleans(), JSON), min_size=1, max_size=3))
+def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
+    entry = ENTRY
+    for place, remove, value in mutations:
+        try:
+            entry = copy.deepcopy(entry)
+            node = functools.reduce(lambda node, key: node[key], place[:-1], entry)
+            node.pop(place[-1]) if remove else node.__setitem__(place[-1], value)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            continue  # an earlier mutation took the place away
+    path = tmp_path_factory.getbasetemp() / "mutated.json"
+    path.write_text(json.dumps([entry]))
+    try:
+        dialogue, = data.load(str(path), "test")
+        assert all(turn.speaker in dialogue.speakers and turn.text for turn in dialogue.turns)
+        assert all(question.text and question.answer for question in dialogue.questions)
+        assert [turn.time for turn in dialogue.turns] == sorted(turn.time for turn in dialogue.turns)
+        "".join(said(dialogue)).encode()
+    except UsageError as error:
+        assert str(error).startswith(f"{path}: entry 0") and "\n" not in str(error)
+
+
+@functools.cache
+def real_file(name):
+    beside = Path(__file__).parents[2] / "shared/data"
+    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
+    paths = [Path(folder).expanduser() / name for folder in folders if folder]
+    return next((path for path in paths if path.exists()), None)
+
+
+REAL = [pytest.param(name, *counts, marks=pytest.mark.skipif(
+    real_file(name) is None, reason=f"{name} is not here (no part of the repository)")) for name, *counts in [
+    ("longmemeval_oracle.json", range(1, 7), range(2, 73)),
+    ("longmemeval_s_cleaned.json", range(38, 59), range(384, 617))]]
+
+
+@pytest.mark.parametrize("name, num_sessions, num_turns", REAL)
+def test_the_published_files(name, num_sessions, num_turns):
+    dialogues = data.load(str(real_file(name)), "test")
+    questions = [dialogue.questions[0] for dialogue in dialogues]
+    assert Counter(question.category for question in questions) == {11: 70, 12: 30, 13: 56, 14: 133, 15: 78, 16: 133}
+    abstained = [question for question in questions if question.id.endswith("_abs")]
+    assert Counter(question.category for question in abstained) == {14: 12, 16: 6, 15: 6, 11: 6}
+    assert sum(not question.evidence for question in questions) == 21 and len(abstained) == 30
+    assert {dialogue.turns[-1].session for dialogue in dialogues} <= set(num_sessions)
+    assert {len(dialogue.turns) for dialogue in dialogues} <= set(num_turns)
+    assert sum(question.text.startswith("Current date: 2") for question in questions) == 500
+    for dialogue in dialogues:
+        times = [turn.time for turn in dialogue.turns]
+        assert times == sorted(times) and len({turn.id for turn in dialogue.turns}) == len(times)
+        assert not any("answer_" in text or dialogue.id in text or "has_answer" in text for text in said(dialogue))
+
+
+@pytest.mark.skipif(real_file("longmemeval_oracle.json") is None, reason="longmemeval_oracle.json is not here")
+def test_the_oracle_file_to_the_number():
+    dialogues = longmemeval.load(path=real_file("longmemeval_oracle.json"))
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    evidence = {(dialogue.id, name) for dialogue in dialogues for name in dialogue.questions[0].evidence}
+    held = Counter(turn.speaker for dialogue in dialogues for turn in dialogue.turns
+                   if (dialogue.id, turn.id) in evidence)
+    assert len(turns) == 10_960 and held == {"user": 842, "assistant": 54}
+    assert sum(len({turn.session for turn in dialogue.turns}) for dialogue in dialogues) == 948
+    assert dialogues[0].questions[0].text == ("Current date: 2023/04/10 (Mon) 23:07. What was the first issue I had "
+                                              "with my new car after its first service?")

@@ -1,0 +1,241 @@
+"""MSC's loader: sessions without speakers and dates get them, malformed files one line; and which format a file has."""
+import copy
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import UsageError, msc
+
+ENTRY = {
+    "personas": [["A SECRET."], ["A SECRET."]], "init_personas": [["A SECRET."], []],
+    "personas_update1": ["A SECRET."], "summary_speaker_1": [["A SECRET."]], "summary_speaker_2": [["A SECRET."]],
+    "previous_dialogs": [
+        {"personas": [["A SECRET."], []], "time_num": 5, "time_unit": "days", "time_back": "5 days 13 hours ago",
+         "dialog": [{"text": "Hi!\n"}, {"text": " "}, {"text": "I could get into Taylor  Swift."}]},
+        {"personas": [[], []], "time_num": 1, "time_unit": "hour", "time_back": " 1 hour ago",
+         "dialog": [{"text": "Back"}]},
+    ],
+    "dialog": [{"text": "Hello", "id": "Speaker 1", "convai2_id": "valid_0"}, {"text": "Hey", "id": "Speaker 2"}],
+    "metadata": {"initial_data_id": "valid_0", "session_id": 2},
+    "self_instruct": {"B": "Which artist was\u200b it? ", "A": "Taylor Swift!"},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(*entries):
+        path = tmp_path / "mine.jsonl"
+        path.write_text("\r\n".join(json.dumps(entry) for entry in entries) + "\r\n")
+        return str(path)
+    return writer
+
+
+def changed(*keys, value=None, remove=False):
+    """ENTRY with the value under that path of keys replaced or removed."""
+    entry = copy.deepcopy(ENTRY)
+    node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
+    if remove:
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = value
+    return entry
+
+
+def test_turns_alternate_and_are_dated_back_from_the_last_session(write):
+    dialogue, = data.load(write(ENTRY), "test")
+    assert (dialogue.id, dialogue.speakers) == ("valid_0", ("Speaker 1", "Speaker 2"))
+    assert [(turn.id, turn.session, turn.speaker, turn.text, turn.time) for turn in dialogue.turns] == [
+        ("D1:1", 1, "Speaker 1", "Hi!", "11:00 pm on 25 June, 2021"),
+        ("D1:3", 1, "Speaker 1", "I could get into Taylor Swift.", "11:00 pm on 25 June, 2021"),
+        ("D2:1", 2, "Speaker 1", "Back", "11:00 am on 1 July, 2021"),
+        ("D3:1", 3, "Speaker 1", "Hello", "12:00 pm on 1 July, 2021"),
+        ("D3:2", 3, "Speaker 2", "Hey", "12:00 pm on 1 July, 2021"),
+    ]
+
+
+def test_the_question_says_who_asks_whom(write):
+    question, = data.load(write(ENTRY), "test")[0].questions
+    assert question == data.Question("valid_0:0", "Speaker 2 asks Speaker 1: Which artist was it?", "Taylor Swift!", 21)
+    assert question.category in msc.CATEGORIES
+
+
+def said(dialogue):
+    return [turn.text for turn in dialogue.turns] + [turn.time for turn in dialogue.turns] + [
+        text for question in dialogue.questions for text in (question.text, question.answer)]
+
+
+def test_personas_and_ids_are_in_no_text(write):
+    dialogue, = data.load(write(ENTRY), "test")
+    assert not any("SECRET" in text or "valid_0" in text for text in said(dialogue))
+
+
+def test_msc_itself_has_no_questions(write):
+    dialogues = data.load(write(changed("self_instruct", remove=True)), "test")
+    assert [len(dialogue.questions) for dialogue in dialogues] == [0] and len(dialogues[0].turns) == 5
+    first = changed("previous_dialogs", value=[])
+    del first["self_instruct"]
+    assert [turn.id for turn in data.load(write(first), "test")[0].turns] == ["D1:1", "D1:2"]
+
+
+def test_a_json_list_will_do(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([ENTRY, changed("metadata", "initial_data_id", value="valid_1")], indent=1))
+    assert [dialogue.id for dialogue in data.load(str(path), "test")] == ["valid_0", "valid_1"]
+
+
+def test_there_is_only_a_test_split(write, capsys):
+    for name in (write(ENTRY), "msc"):
+        with pytest.raises(UsageError, match='MSC has no split "val": it is for evaluation'):
+            data.load(name, "val")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_cache_and_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMORY_R1_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(msc, "ADDRESS", "http://127.0.0.1:1/q.jsonl")
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(UsageError, match="msc_self_instruct.jsonl .*put http://127.0.0.1:1/q.jsonl there"):
+        data.load("msc", "test")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/msc_self_instruct.jsonl").write_text(json.dumps(ENTRY))
+    assert len(data.load("msc", "test")) == 1
+
+
+@pytest.mark.parametrize("entry, message", [
+    (changed("metadata", remove=True), 'entry 1 has no key "metadata"'),
+    (changed("metadata", value=3), 'entry 1: "metadata" is not an object'),
+    (changed("metadata", "initial_data_id", remove=True), 'entry 1: "metadata" has no key "initial_data_id"'),
+    (changed("metadata", "initial_data_id", value="a"), 'entry 1: an earlier entry has the "initial_data_id" "a"'),
+    (changed("previous_dialogs", remove=True), 'entry 1 (valid_0) has no key "previous_dialogs"'),
+    (changed("previous_dialogs", 1, value=3), "entry 1 (valid_0): session 2 is not an object"),
+    (changed("previous_dialogs", 1, "dialog", value=3), 'entry 1 (valid_0): session 2: "dialog" is not a list'),
+    (changed("previous_dialogs", 1, "time_back", remove=True), 'entry 1 (valid_0): session 2 has no key "time_back"'),
+    (changed("previous_dialogs", 1, "time_back", value="99999 days ago"),
+     'entry 1 (valid_0): session 2: "time_back" is "99999 days ago", not the like of "5 days 1 hour ago"'),
+    (changed("dialog", remove=True), 'entry 1 (valid_0): session 3 has no key "dialog"'),
+    (changed("dialog", 1, value="Hey"), "entry 1 (valid_0): session 3, turn 1 is not an object"),
+    (changed("dialog", 1, "text", remove=True), 'entry 1 (valid_0): session 3, turn 1 has no key "text"'),
+    (changed("dialog", 1, "id", value="bot_1"),
+     'entry 1 (valid_0): session 3, turn 1: "id" is "bot_1", neither "Speaker 1" nor "Speaker 2"'),
+    (changed("self_instruct", value=[]), 'entry 1 (valid_0): "self_instruct" is not an object'),
+    (changed("self_instruct", "B", value=""), 'entry 1 (valid_0): "self_instruct": "B" is empty'),
+    (changed("self_instruct", "A", remove=True), 'entry 1 (valid_0): "self_instruct" has no key "A"'),
+    (changed("previous_dialogs", value=[]) | {"dialog": []},
+     'entry 1 (valid_0): "dialog" and "previous_dialogs" have no turn'),
+    (3, "entry 1 is not an object"),
+])
+def test_malformed_entries_are_named(write, entry, message):
+    path = write(changed("metadata", "initial_data_id", value="a"), entry)
+    with pytest.raises(UsageError) as error:
+        data.load(path, "test")
+    assert str(error.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("entry, message", [
+    ({"sample_id": "conv-1"}, 'entry 0 (conv-1) has no key "conversation"'),
+    ({"haystack_sessions": [], "question": "?"}, 'entry 0 has no key "question_id"'),
+    ({"dialog": []}, 'entry 0 has no key "metadata"'),
+    ({"name": "x"}, 'entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" of LongMemEval, '
+                    'nor the "previous_dialogs" of MSC'),
+    (["x"], "entry 0 is not an object"),
+])
+def test_the_keys_of_the_first_entry_tell_the_format(tmp_path, entry, message):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([entry]))
+    with pytest.raises(UsageError) as error:
+        data.load(str(path), "test")
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{json.dumps(ENTRY)}\n{json.dumps(ENTRY)}\n{{]\n")
+    with pytest.raises(UsageError, match=r"neither JSON nor one JSON object a line \(.*line 3 column 2"):
+        data.load(str(path), "test")
+    with pytest.raises(UsageError, match="nowhere: neither a benchmark .synthetic, locomo, longmemeval, "):
+        data.load("nowhere", "test")
+
+
+def places(node, path=()):
+    """The path of keys of everything inside a JSON value."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
+
+
+TEXT = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", "Speaker 2", "9999 weeks", "9 days ٣ hours 0 hour", "id"])
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(places(ENTRY)), st.booleans(), JSON), min_size=1, max_size=3))
+def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
+    entry = ENTRY
+    for place, remove, value in mutations:
+        try:
+            entry = copy.deepcopy(entry)
+            node = functools.reduce(lambda node, key: node[key], place[:-1], entry)
+            node.pop(place[-1]) if remove else node.__setitem__(place[-1], value)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            continue  # an earlier mutation took the place away
+    path = tmp_path_factory.getbasetemp() / "mutated.jsonl"
+    path.write_text(json.dumps(entry))
+    try:
+        dialogue, = data.load(str(path), "test")
+        assert all(turn.speaker in dialogue.speakers and turn.text for turn in dialogue.turns)
+        assert all(question.text and question.answer for question in dialogue.questions)
+        "".join(said(dialogue)).encode()
+    except UsageError as error:
+        assert str(error).startswith(f"{path}: entry 0") and "\n" not in str(error)
+
+
+@functools.cache
+def real_file(name):
+    beside = Path(__file__).parents[2] / "shared/data"
+    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
+    paths = [Path(folder).expanduser() / name for folder in folders if folder]
+    return next((path for path in paths if path.exists()), None)
+
+
+SESSIONS, EXCERPTS = "msc_valid_sessions1to4.json", "msc_dmr_excerpts.json"
+
+
+@pytest.mark.skipif(not (real_file(SESSIONS) and real_file(EXCERPTS)),
+                    reason="real sessions and questions of MSC are not here (no part of the repository)")
+def test_real_sessions_and_questions(write):
+    """The third sessions of MSC's validation set as the file has them, with the questions that are known of them."""
+    asked = {row["msc_valid_id"]: {"B": row["question"], "A": row["answer"]}
+             for row in json.loads(real_file(EXCERPTS).read_text())["rows"] if row["question"]}
+    entries = []
+    for raw in json.loads(real_file(SESSIONS).read_text()):
+        *before, last = raw["sessions"][:3]
+        name = raw["initial_data_id"]
+        entries.append({
+            "metadata": {"initial_data_id": name, "session_id": 2}, "personas": raw["personas_session_3"],
+            "previous_dialogs": [{"dialog": [{"text": turn["text"]} for turn in session["turns"]],
+                                  **session["gap_before_session_3"]} for session in before],
+            "dialog": [{"text": turn["text"], "id": turn["speaker"]} for turn in last["turns"]],
+            **({"self_instruct": asked[name]} if name in asked else {})})
+    dialogues = data.load(write(*entries), "test")
+    known = [turn["speaker"] for raw in json.loads(real_file(SESSIONS).read_text())
+             for session in raw["sessions"][:3] for turn in session["turns"]]
+    assert [turn.speaker for dialogue in dialogues for turn in dialogue.turns] == known  # alternation guesses right
+    assert len(dialogues) == 500 and {turn.session for d in dialogues for turn in d.turns} == {1, 2, 3}
+    questions = {question.id: question for dialogue in dialogues for question in dialogue.questions}
+    assert {name: question.answer for name, question in questions.items()} == {
+        "valid_1:0": "Taylor Swift!", "valid_2:0": "I eat a fresh and raw diet to save on groceries."}
+    assert dialogues[0].turns[0].time == "9:00 am on 25 June, 2021"  # 6 days 3 hours before
+
+
+@pytest.mark.skipif(real_file("msc_self_instruct.jsonl") is None, reason="msc_self_instruct.jsonl is not here")
+def test_the_published_questions():
+    dialogues = data.load(str(real_file("msc_self_instruct.jsonl")), "test")
+    assert len(dialogues) == 500 and all(len(dialogue.questions) == 1 for dialogue in dialogues)
+    assert all({turn.session for turn in dialogue.turns} == {1, 2, 3, 4, 5} for dialogue in dialogues)
