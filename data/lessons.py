@@ -1,13 +1,15 @@
 """
 What the tiny default model is taught: to know the formats, to carry out each operation, to read memories
-faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`), or to keep
-its place among dozens of memories (few lessons have more than ten). That is left to reinforcement.
+faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`), or whose
+memory is whose (in the last third, where the memories of two people are shown, most answers mix them up). That is left
+to reinforcement.
 
 A lesson is a list of (prompt, completion) pairs that follow one another; only completions are learned.
 """
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from answer import case_text as answer_case
 from data.synthetic import (
@@ -52,12 +54,18 @@ def weighted(rng: random.Random, choices):
     return rng.choices([name for name, _ in choices], [weight for _, weight in choices])[0]
 
 
-def lesson_drawer(pieces: list[str]) -> Callable[[random.Random, str], str]:
-    """Words for lessons: the pretraining split's own, and glued pieces of the vocabulary, so that all get copied."""
-    every = sorted({word for words in WORDS["pretrain"].values() for word in words})
+EVERY_WORD = sorted({word for words in WORDS["pretrain"].values() for word in words})
+
+
+def lesson_drawer(rng: random.Random, pieces: list[str]) -> Callable[[random.Random, str], str]:
+    """
+    Words for one lesson: the pretraining split's own, and glued pieces of the vocabulary, so that all get copied. Half
+    of the lessons have few pieces, which many names then share: each must be copied by more than its last piece.
+    """
+    palette = rng.sample(pieces, rng.choice((6, 12, 24))) if rng.random() < 0.5 else pieces
 
     def glued(rng, capital):
-        word = "".join(rng.choice(pieces) for _ in range(rng.choice((1, 2, 2, 2, 3, 3)))).lower()
+        word = "".join(rng.choice(palette) for _ in range(rng.choice((1, 2, 2, 2, 3, 3, 4, 5)))).lower()
         return word.capitalize() if capital else word
 
     def draw(rng, pool):
@@ -66,7 +74,7 @@ def lesson_drawer(pieces: list[str]) -> Callable[[random.Random, str], str]:
         if u < 0.20:
             return rng.choice(WORDS["pretrain"][pool])
         if u < 0.30 and pool != "person":
-            return rng.choice(every)
+            return rng.choice(EVERY_WORD)
         if u < 0.88 or pool == "person":
             return glued(rng, capital)
         return f"{glued(rng, capital)} {glued(rng, capital)}"
@@ -176,25 +184,28 @@ def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
     events = [entry for entry in mine if entry.attribute in EVENTS]
     held = [entry.attribute for entry in mine if entry.attribute in ATTRIBUTES]
     u = rng.random()
-    if events and u < 0.15:
+    if events and u < 0.30:
         entry = rng.choice(events)
         return [entry.attribute], entry.values[0]
     several = [name for name in held if held.count(name) > 1]
-    names = [rng.choice(several if several and rng.random() < .55 else held) if held and u < 0.84
+    names = [rng.choice(several if several and rng.random() < .7 else held) if held and u < 0.87
              else rng.choice(list(ATTRIBUTES))]
-    if rng.random() < 0.35:
+    if rng.random() < 0.45:
         names.append(rng.choice([name for name in (held if rng.random() < .8 else ATTRIBUTES) if name not in names]
                                 or [name for name in ATTRIBUTES if name not in names]))
         rng.shuffle(names)
     return names, None
 
 
-def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest: int = 1) -> list[tuple[str, str]]:
-    """Some questions about one bank of up to `size` lines."""
+def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest: int = 1,
+                  both: float = 0.1, mixed_up: float = 0.0) -> list[tuple[str, str]]:
+    """
+    Some questions about one bank of up to `size` lines, a share `both` of them about two people. A share `mixed_up`
+    of the answers to these takes either person's word for the other's.
+    """
     world = World(rng, draw)
-    both = rng.random() < 0.1
-    speakers = world.speakers[:2 if both else 1]
-    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), 0.45)
+    speakers = world.speakers[:2 if rng.random() < both else 1]
+    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), rng.choice((0.4, 0.4, 0.7)))
     shown = {speaker: [entry for entry in world.bank if entry.speaker == speaker] for speaker in speakers}
     shown = {speaker: entries for speaker, entries in shown.items() if entries}
     world.bank = [entry for entries in shown.values() for entry in entries]
@@ -204,8 +215,11 @@ def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest:
         names, value = some_matter(rng, world.bank, speaker)
         question = world.question(speaker, names, value, None, i).text
         prompt = answer_case(shown, question, distill)
+        seen = world.bank
+        if rng.random() < mixed_up:
+            seen = [replace(entry, speaker=speaker) for entry in seen]
         lesson.append((prompt if i == 0 else prompt[prompt.index("question:"):],
-                       answer_text(world.bank, speaker, names, value, distill)))
+                       answer_text(seen, speaker, names, value, distill)))
     return lesson
 
 
@@ -226,9 +240,10 @@ def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
     u = rng.random()
     if u < 0.03:
         return extraction_lesson(rng, draw)
-    if u < 0.35:
+    if u < 0.33:
         return manager_lesson(rng, draw, max(1, round(5 * ripe)), clean)
-    if progress > 0.3 and u < 0.40:
-        return answer_lesson(rng, draw, 24, 1, 10)
-    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3)
+    mixed_up = 0.0 if progress < 0.65 else 0.65
+    if progress > 0.3 and u < 0.45:
+        return answer_lesson(rng, draw, 32, 2, 12, 0.8, mixed_up)
+    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3, 1, 0.1, mixed_up)
 

@@ -1,9 +1,10 @@
 """
-Makes the tiny default model from nothing: tokenizer, weights, model card. About an hour on two CPU cores.
+Makes the tiny default model from nothing: tokenizer, weights, model card. An hour or more of one CPU core.
 
     python -m data.pretrain                          # writes data/tiny
     python -m data.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
     python -m data.pretrain --init /tmp/tiny --tokens 20e6   # go on from a finished model
+    torchrun --nproc_per_node=2 -m data.pretrain             # two processes, twice the tokens a step
 
 The model is a Llama of 1.5M parameters. Three things make copying possible at this size (nothing else did):
 1. Heads that look 1, 2 and 3 tokens back are there from the start, set by the biases of layer 0's queries and keys.
@@ -13,8 +14,10 @@ The model is a Llama of 1.5M parameters. Three things make copying possible at t
 """
 import argparse
 import copy
+import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -22,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -154,10 +158,10 @@ def make_optimizers(model, lr: float, muon_lr: float):
 
 # ---------------------------------------------------------------------------------------------- lessons to tensors
 
-def copy_lesson(rng: random.Random, vocab_size: int, longest: int):
-    """Random tokens, a gap, the same tokens again: (ids, learned)."""
-    tokens = [rng.randrange(2, vocab_size) for _ in range(rng.randint(4, longest))]
-    gap = [rng.randrange(2, vocab_size) for _ in range(rng.randint(0, longest))]
+def copy_lesson(rng: random.Random, kinds, longest: int):
+    """Random tokens out of `kinds`, a gap, the same tokens again: (ids, learned)."""
+    tokens = [rng.choice(kinds) for _ in range(rng.randint(4, longest))]
+    gap = [rng.choice(kinds) for _ in range(rng.randint(0, longest))]
     return tokens + gap + tokens, [False] * (len(tokens) + len(gap) + 1) + [True] * (len(tokens) - 1)
 
 
@@ -176,10 +180,12 @@ def encode_lessons(tokenizer, batch):
     return rows
 
 
-def batches(rng, tokenizer, draw, progress: float, tokens: int, longest: int = 448):
+def batches(rng, tokenizer, pieces, progress: float, tokens: int, longest: int = 1024):
     """Some hundred lessons cut into batches of at most `tokens` padded tokens: tensors ids, learned (B, T)."""
-    rows = encode_lessons(tokenizer, [lessons.lesson(rng, draw, progress) for _ in range(366)])
-    rows += [copy_lesson(rng, len(tokenizer), 24) for _ in range(18)]
+    rows = encode_lessons(tokenizer, [lessons.lesson(rng, lessons.lesson_drawer(rng, pieces), progress)
+                                      for _ in range(366)])
+    every = range(2, len(tokenizer))  # and, in half of the copying, few kinds of token: alike but for their order
+    rows += [copy_lesson(rng, kinds, 24) for _ in range(9) for kinds in (every, rng.sample(every, 12))]
     rows = sorted((row for row in rows if len(row[0]) <= longest), key=lambda row: len(row[0]))
     groups = [[]]
     for row in rows:
@@ -215,6 +221,9 @@ def step(model, optimizers, ids, learned, scale: float):
         logits, targets = predictions(model, ids, learned)
     loss = F.cross_entropy(logits.float(), targets)
     loss.backward()
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.all_reduce(p.grad.div_(dist.get_world_size()))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = scale * optimizer.param_groups[0]["peak"]
@@ -226,7 +235,7 @@ def step(model, optimizers, ids, learned, scale: float):
 def learn_to_copy(model, optimizers, rng, vocab_size: int, device: str) -> None:
     """400 batches of random tokens to be repeated."""
     for i in range(400):
-        ids, learned = padded([copy_lesson(rng, vocab_size, 8 if i < 130 else 20) for _ in range(64)])
+        ids, learned = padded([copy_lesson(rng, range(2, vocab_size), 8 if i < 130 else 20) for _ in range(64)])
         loss, accuracy = step(model, optimizers, ids.to(device), learned.to(device), min(1.0, (i + 1) / 50))
         if i % 100 == 99:
             print(f"copying {i + 1:4d}  loss {loss:.3f}  accuracy {accuracy:.3f}", flush=True)
@@ -237,27 +246,35 @@ def pretrain(model, tokenizer, args, begin: float) -> None:
     `args.tokens` tokens of lessons, from progress `begin` (0: from scratch) to 1. The learning rate is flat until
     progress 0.3, then falls linearly to 1 %; the lessons follow the same progress.
     """
-    rng, start, seen, steps, smooth = random.Random(args.seed), time.time(), 0, 0, None
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rng, start, seen, steps, smooth = random.Random(args.seed + 1000 * rank), time.time(), 0, 0, None
     optimizers, device = make_optimizers(model, 2e-3, 0.02), args.device
     if begin == 0:
         learn_to_copy(model, optimizers, rng, len(tokenizer), device)
-    draw, next_gate = lessons.lesson_drawer(name_pieces(tokenizer)), 0.1
-    while seen < args.tokens:
-        progress = begin + (1 - begin) * seen / args.tokens
-        for ids, learned in batches(rng, tokenizer, draw, progress, args.batch_tokens):
-            progress = min(1.0, begin + (1 - begin) * seen / args.tokens)
-            scale = min(1.0, (steps + 1) / 50) * (1.0 if progress < 0.3 else max(0.01, (1 - progress) / 0.7))
-            loss, _ = step(model, optimizers, ids.to(device), learned.to(device), scale)
-            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-            seen, steps = seen + int((ids != 0).sum()), steps + 1
-            if steps % 250 == 0:
-                spent = time.time() - start
-                print(f"step {steps:6d}  {seen / 1e6:6.2f}M tokens  loss {smooth:.4f}  {seen / spent:.0f} tokens/s  "
-                      f"{spent:.0f} s", flush=True)
-        if seen / args.tokens > next_gate:
+
+    def progress() -> float:
+        return min(1.0, begin + (1 - begin) * seen / args.tokens)
+
+    pieces, next_gate = name_pieces(tokenizer), 0.1
+    rounds = (batches(rng, tokenizer, pieces, progress(), args.batch_tokens) for _ in itertools.count())
+    for ids, learned in itertools.chain.from_iterable(rounds):
+        scale = min(1.0, (steps + 1) / 50) * (1.0 if progress() < 0.3 else max(0.01, (1 - progress()) / 0.7))
+        loss, _ = step(model, optimizers, ids.to(device), learned.to(device), scale)
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        count = (ids != 0).sum()
+        if num_ranks > 1:
+            dist.all_reduce(count)  # all stop at the same step
+        seen, steps = seen + int(count), steps + 1
+        if rank == 0 and steps % 250 == 0:
+            spent = time.time() - start
+            print(f"step {steps:6d}  {seen / 1e6:6.2f}M tokens  loss {smooth:.4f}  {seen / spent:.0f} tokens/s  "
+                  f"{spent:.0f} s", flush=True)
+        if rank == 0 and seen / args.tokens > next_gate:
             next_gate += 0.1
             print("  gate", json.dumps(gate(model, tokenizer, "test", 60)), flush=True)
             save_model(model, args.out / "unfinished")
+        if seen >= args.tokens:
+            return
 
 
 # ---------------------------------------------------------------------------------------------- gate
@@ -369,9 +386,10 @@ part of an instruct model where none can be downloaded. It speaks the project's 
 **What it can do.** It copies names and values it has never seen, carries out an operation it is told to do, and answers
 from a handful of memories, naming every match. It believes every line: "Jon met a dog named Rex" counts as Jon's dog.
 
-**What it cannot do.** It chooses operations badly: the labels it saw were drawn from a noisy mixture. It gets lost
-among dozens of memories: few of its lessons had more than ten. Both are left to reinforcement. Words like "none" and
-"and" mean something in its answers, so it cannot copy values made of them.
+**What it cannot do.** It chooses operations badly: the labels it saw were drawn from a noisy mixture. Shown the
+memories of two people it mixes them up: two thirds of such answers in the last third of its lessons did. Both are left
+to reinforcement. Among dozens of memories it loses its place now and then. Words like "none" and "and" mean something
+in its answers, so it cannot copy values made of them.
 
 Share of greedy completions that are right to the last token, verdicts on all memories included (banks of 2 to 9 lines;
 `test`: names and values of the synthetic test world, `pseudo`: made-up words; neither was in the lessons):
@@ -400,13 +418,17 @@ def model_card(model, results: dict[str, dict[str, float]], args) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--out", default=Path(__file__).parent / "tiny", type=Path)
-    parser.add_argument("--init", type=Path, help="folder of a finished model to go on from, at progress 0.55")
+    parser.add_argument("--init", type=Path, help="folder of a finished model to go on from")
+    parser.add_argument("--begin", type=float, help="progress to begin at, 0 to 1 (0; with --init 0.55)")
     parser.add_argument("--tokens", default=30e6, type=float, help="tokens of lessons (30e6)")
     parser.add_argument("--batch-tokens", default=4096, type=int, help="padded tokens a step (4096)")
     parser.add_argument("--vocabulary", default=2048, type=int)
     parser.add_argument("--seed", default=7, type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.init:
@@ -418,7 +440,9 @@ def main() -> None:
     model.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}, "
           f"{len(name_pieces(tokenizer))} name pieces, seed {args.seed}", flush=True)
-    pretrain(model, tokenizer, args, 0.55 if args.init else 0.0)
+    pretrain(model, tokenizer, args, (0.55 if args.init else 0.0) if args.begin is None else args.begin)
+    if dist.is_initialized() and dist.get_rank():
+        return
     results = {split: gate(model.eval(), tokenizer, split, 300) for split in ("test", "pseudo")}
     save_tokenizer(tokenizer, args.out)
     save_model(model, args.out)
