@@ -169,10 +169,10 @@ def draw(logits, temperature, generator=None):
 
 
 class Policy:
-    def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=2**16):
+    def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=None):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
-        self.max_batch_tokens = max_batch_tokens  # of one batch of `sample`: rows times (prompt + new tokens)
+        self.max_batch_tokens = max_batch_tokens or (2**14 if self.device.type == "cpu" else 2**16)  # see `sample`
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.eos = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
@@ -385,7 +385,8 @@ class Policy:
 
 
 def read_adapter(folder):
-    """The config, tensors and scale of an adapter's folder, or a UsageError that says why not."""
+    """The config, tensors and scale of an adapter's folder or a run's, or a UsageError that says why not."""
+    folder = Path(folder, "adapter") if Path(folder, "adapter").is_dir() else Path(folder)
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
         weights = load_file(Path(folder, "adapter_model.safetensors"))

@@ -11,7 +11,7 @@ What differs from the paper and why:
 1. Its ratio is "per action"; here it is per token, as in VERL, which the paper used. A token is an action, the prompt
    and the tokens so far are the state.
 2. Its critic is a second model; here it is a second adapter on the same weights, with a linear head. It starts at
-   V = 0, of which whitening makes reward minus mean reward: until the critic knows more, the batch is the baseline.
+   V near 0, of which whitening makes reward minus mean reward: until the critic knows more, the batch is the baseline.
 3. It prints no KL term. Here k3 is in the loss, as in grpo.py, and not in the reward, as in InstructGPT: the critic has
    one thing to foresee, the outcome, and its explained variance says how well; and whitening cannot blow the penalty up
    to full size in a batch whose outcomes hardly differ. The price: no token is blamed for the KL of those after it.
@@ -39,12 +39,12 @@ from run import Run, optimizer_tensors, random_state, read_rows, restore_optimiz
 @dataclass(frozen=True)
 class Config:
     steps: int = 90
-    group_size: int = 8  # G; to PPO they are independent rollouts, and 1 will do
+    group_size: int = 4  # G; to PPO they are independent rollouts, and 1 will do
     batch_size: int = 24  # P, prompts a step
-    epochs: int = 2  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped
-    minibatch: int = 0  # groups per optimizer step; 0: all of them at once
-    lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
-    critic_lr: float = 5e-3  # a few times lr: the critic has to keep up with a policy that moves
+    epochs: int = 1  # passes over a step's completions
+    minibatch: int = 6  # groups per optimizer step; 0: all of them at once. A critic needs many steps
+    lr: float = 1e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
+    critic_lr: float = 2e-3  # a few times lr: the critic has to keep up with a policy that moves
     warmup: int = 5  # steps until the learning rates are reached
     schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
     clip: float = 0.2
@@ -81,6 +81,7 @@ class Rollouts:
     completions: list[list[list[int]]]  # P x G token ids
     mask: torch.Tensor  # (N, C), like all below
     logp_old: torch.Tensor
+    logp_ref: torch.Tensor  # 0 everywhere if beta = 0
     values_old: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -89,7 +90,8 @@ class Rollouts:
 class Critic(nn.Module):
     """
     V(s) = w . h(s) / sqrt(H) + b: what reward will this completion get? h is the last state under an adapter of the
-    critic's own. w = b = 0 at the start. 1 / sqrt(H), as Adam moves each of the H weights by about its learning rate.
+    critic's own. b = 0 and w is small at the start, but not 0: with w = 0 the adapter gets no gradient, and on the
+    tiny model it never began to learn. 1 / sqrt(H), as Adam moves each of the H weights by about its learning rate.
     """
 
     def __init__(self, policy: Policy, like: str):
@@ -97,7 +99,7 @@ class Critic(nn.Module):
         self.policy, shape = policy, policy.adapters[like]
         policy.add_adapter("critic", shape["r"], shape["lora_alpha"])
         self.adapter = nn.ParameterList(policy.parameters("critic"))
-        self.w = nn.Parameter(torch.zeros(policy.head.in_features, device=policy.device))  # float32, as the adapter
+        self.w = nn.Parameter(0.03 * torch.randn(policy.head.in_features, device=policy.device))  # float32
         self.b = nn.Parameter(torch.zeros(1, device=policy.device))
 
     def forward(self, prompts, completions):
@@ -145,7 +147,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> torch
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 for a critic that foresees all, 0 for a constant one, below for a misleading one."""
     variance = returns[mask].var(correction=0)
-    return (1 - (returns - values)[mask].var(correction=0) / variance).item() if variance > 0 else float("nan")
+    return (1 - (returns - values)[mask].var(correction=0) / variance).item() if variance > 1e-9 else float("nan")
 
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
@@ -200,18 +202,16 @@ def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
     """Some groups of the rollouts, padded to the longest completion among them."""
     completions = [rollouts.completions[i] for i in groups]
     rows, width = rows_of(groups, len(completions[0])), max(len(ids) for group in completions for ids in group)
-    tensors = rollouts.mask, rollouts.logp_old, rollouts.values_old, rollouts.advantages, rollouts.returns
+    tensors = (rollouts.mask, rollouts.logp_old, rollouts.logp_ref, rollouts.values_old, rollouts.advantages,
+               rollouts.returns)
     return Rollouts([rollouts.prompts[i] for i in groups], completions, *(tensor[rows, :width] for tensor in tensors))
 
 
 def backward(policy: Policy, critic: Critic, part: Rollouts, num_rows: int, mean_length, adapter: str, config: Config):
     """Adds the gradients of some groups' share in both losses over `num_rows` completions; returns sums over tokens."""
-    logp_ref = None
-    if config.beta > 0:
-        with torch.no_grad(), policy.using(None):
-            logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
     with policy.using(adapter):
         logp, entropy, mask = policy.score(part.prompts, part.completions, config.temperature)
+    logp_ref = part.logp_ref if config.beta > 0 else None
     losses, kl, is_clipped = ppo_loss(logp, part.logp_old, logp_ref, part.advantages, mask, config.clip, config.beta,
                                       mean_length)
     (losses.sum() / num_rows).backward()
@@ -256,20 +256,24 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
 @torch.no_grad()
 def rollouts_of(critic: Critic, prompts, groups: list[list[Completion]], rewards: torch.Tensor,
                 config: Config) -> Rollouts:
-    """Completions, rewards and values as tensors. The log-probs of sampling serve as logp_old: not scored again."""
+    """Completions, rewards, values as tensors. The log-probs of sampling are logp_old; logp_ref serves all epochs."""
     flat = [completion for group in groups for completion in group]
     completions = [[completion.ids for completion in group] for group in groups]
     policy, G = critic.policy, len(groups[0])
     mask = pad_right([[True] * len(completion.ids) for completion in flat], False, torch.bool).to(policy.device)
     logp_old = pad_right([completion.logps for completion in flat], 0.0, torch.float32).to(policy.device)
-    values = torch.zeros_like(logp_old)
+    values, logp_ref = torch.zeros_like(logp_old), torch.zeros_like(logp_old)
     for indices in policy.micro_batches(prompts, completions, config.micro_batch_tokens):
-        some = critic([prompts[i] for i in indices], [completions[i] for i in indices])
-        values[rows_of(indices, G), :some.shape[1]] = some
+        some = [prompts[i] for i in indices], [completions[i] for i in indices]
+        rows, width = rows_of(indices, G), max(len(ids) for group in some[1] for ids in group)
+        values[rows, :width] = critic(*some)
+        if config.beta > 0:
+            with policy.using(None):
+                logp_ref[rows, :width] = policy.score(*some, config.temperature).logp
     per_token = terminal_rewards(rewards.flatten().to(policy.device), mask)
     advantages = gae(per_token, values, mask, config.gamma, config.lam)
     returns = advantages + values  # before whitening: the critic is to learn rewards, not z-scores
-    return Rollouts(prompts, completions, mask, logp_old, values, whiten(advantages, mask), returns)
+    return Rollouts(prompts, completions, mask, logp_old, logp_ref, values, whiten(advantages, mask), returns)
 
 
 def learning_rate_share(step: int, config: Config) -> float:

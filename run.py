@@ -40,6 +40,7 @@ COLUMNS = {  # of a line on the terminal
     "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
     "explained_variance": "explained {:5.2f}", "completion_tokens": "tokens {:3.0f}",
     "invalid_rate": "invalid {:.2f}", "n": "n {:4.0f}", "em": "em {:.2f}", "f1": "f1 {:.2f}",
+    "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
 # Okabe and Ito's colours, told apart by the colour-blind, and in print by how dark they are
@@ -53,7 +54,8 @@ ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": 
 BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
-            "lr": (3e-3, 2e-5)}
+            "micro_batch_tokens": (4096, 16384), "lr": ({"grpo": 3e-3, "ppo": 1e-3}, 2e-5)}
+BY_ALGORITHM = {"group_size": {"grpo": 8, "ppo": 4}, "minibatch": {"grpo": 0, "ppo": 6}}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
@@ -73,11 +75,14 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add = parser.add_argument_group("reinforcement").add_argument
     add("--steps", type=int, default=90, help="batches of rollouts (90)")
     add("--batch-size", type=int, default=24, help="prompts a step (24)")
-    add("--group-size", type=int, default=8, help="completions of each prompt (8)")
-    add("--reward", choices=("em", "f1"), default="em", help="how an answer is scored; em is the paper's (em)")
-    add("--epochs", type=int, help="passes over a step's completions (grpo 1, ppo 2)")
-    add("--minibatch", type=int, default=0, help="prompts per optimizer step, 0 for all (0)")
-    add("--lr", type=float, help="peak learning rate (3e-3 for the tiny model, 2e-5 for others)")
+    add("--group-size", type=int, help="completions of each prompt (grpo 8, ppo 4)")
+    add("--reward", choices=("em", "f1", "judge", "composite"), default="em",
+        help="how an answer is scored; em is the paper's (em)")
+    add("--judge", default="endpoint", help="of --reward judge: endpoint (JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the "
+        "environment), base (this run's own model), or a model's hub id or folder (endpoint)")
+    add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
+    add("--minibatch", type=int, help="prompts per optimizer step, 0 for all (grpo 0, ppo 6)")
+    add("--lr", type=float, help="peak learning rate (tiny model: grpo 3e-3, ppo 1e-3; others 2e-5)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
@@ -86,7 +91,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         help="mean over a completion's tokens, then over completions, as published, or over all tokens (synthetic: "
              "token, real data: completion)")
     add("--temperature", type=float, default=1.0, help="of sampling in training; evaluation is greedy (1.0)")
-    add("--critic-lr", type=float, help="ppo: peak learning rate of the critic (2.5 times --lr)")
+    add("--critic-lr", type=float, help="ppo: peak learning rate of the critic (twice --lr)")
     add("--gamma", type=float, default=1.0, help="ppo: discount (1.0)")
     add("--lam", type=float, default=1.0, help="ppo: lambda of GAE (1.0)")
     add("--value-clip", type=float, default=0.2, help="ppo: values move at most this far in a step, 0: no limit (0.2)")
@@ -99,7 +104,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         help="longer prompts lose their least similar memories (1024; other models 4096)")
     add("--max-new-tokens", type=int, help="of a trained agent's output (80; other models 512)")
     add("--max-answer-tokens", type=int, help="of an answer that serves the reward (48; other models 256)")
-    add("--micro-batch-tokens", type=int, default=16384, help="of one forward and backward pass (16384)")
+    add("--micro-batch-tokens", type=int, help="of one forward and backward pass (4096; other models 16384)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
     add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
     add("--memories", type=int, help="memories an answer may draw on, half for each speaker (4; real data 60)")
@@ -110,21 +115,24 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
 
 
-def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills what depends on other flags, and refuses numbers that make no sense."""
+def fill_defaults(args: argparse.Namespace, by_data=(), by_model=()) -> argparse.Namespace:
+    """Fills what depends on other flags, first from an agent's own tables; refuses numbers that make no sense."""
     is_other = Path(args.model).resolve() != TINY.resolve()
-    for defaults, column in ((BY_DATA, args.data != "synthetic"), (BY_MODEL, is_other)):
+    for defaults, column in ((BY_DATA | dict(by_data), args.data != "synthetic"),
+                             (BY_MODEL | dict(by_model), is_other)):
         for name, values in defaults.items():
             if getattr(args, name, 0) is None:
-                setattr(args, name, values[column])
-    args.critic_lr = 2.5 * args.lr if args.critic_lr is None else args.critic_lr
-    args.epochs = {"grpo": 1, "ppo": 2}[args.algo] if args.epochs is None else args.epochs
+                value = values[column]
+                setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
+    for name, values in BY_ALGORITHM.items():
+        setattr(args, name, values[args.algo] if getattr(args, name) is None else getattr(args, name))
+    args.critic_lr = 2 * args.lr if args.critic_lr is None else args.critic_lr
     args.out = args.out or f"runs/{args.agent}-{args.algo}"
     siblings = {"grpo": 2, "ppo": 1}[args.algo]  # GRPO compares a sample with its siblings, PPO has a critic
     least = {"steps": 1, "batch_size": 1, "group_size": siblings, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
              "beta": 0, "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
              "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0,
-             "window": 0, "refresh": 1}
+             "window": 0, "refresh": 1, "grow": 0, "max_operation_tokens": 1}
     for name, least_value in least.items():
         if getattr(args, name, least_value) < least_value:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least_value}")

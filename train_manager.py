@@ -28,8 +28,6 @@ from memory import MemoryBank, make_embedder
 from policy import Policy
 from run import Run, add_shared_flags, exit_cleanly, fill_defaults, plot, seed_everything
 
-REWARDS = {"em": answer.exact_match, "f1": answer.f1}
-
 
 @dataclass(frozen=True)
 class Episode:
@@ -65,6 +63,8 @@ class ManagerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.answer_adapter = "answer" if args.answer_adapter else None
+        judge = answer.make_judge(args.judge, policy) if args.reward == "judge" else None
+        self.score = answer.make_scorer(args.reward, judge)
         self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = self.load_held_out("seen")
         self.facts: manager.Facts = {}
@@ -153,10 +153,12 @@ class ManagerTask:
                 if edits is not None:
                     candidates.append((i, g, edits))
         answers, sizes = self.answers([(episodes[i], edits) for i, _, edits in candidates])
-        score = REWARDS[self.args.reward]
+        scored = iter(self.score([(question.text, text, question.answer)
+                                  for (i, _, _), given in zip(candidates, answers, strict=True)
+                                  for text, question in zip(given, episodes[i].questions, strict=True)]))
         for (i, g, _), given in zip(candidates, answers, strict=True):
-            scores = [score(text, question.answer) for text, question in zip(given, episodes[i].questions, strict=True)]
-            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) == 1)
+            scores = [next(scored) for _ in given]
+            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) >= 1)
             parts[i, g] = [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: one}
                            for question, text, one in zip(episodes[i].questions, given, scores, strict=True)]
         num_outputs = rewards.numel()

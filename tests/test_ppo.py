@@ -138,10 +138,10 @@ def wake(critic):
     return critic
 
 
-def test_values_are_0_at_first_then_those_of_the_states_before_each_token(tiny):
+def test_values_are_small_at_first_and_those_of_the_states_before_each_token(tiny):
     policy = tiny()
     critic = Critic(policy, like="agent")
-    assert not critic(PROMPTS, COMPLETIONS).any()
+    assert 0 < critic(PROMPTS, COMPLETIONS).abs().max() < 0.2
     assert policy.adapters["critic"] == policy.adapters["agent"]
     values, row = wake(critic)(PROMPTS, COMPLETIONS), 0
     with policy.using("critic"):
@@ -266,7 +266,8 @@ class Toy:
 
 def trained(policy, toy, folder, resume=False, **changes):
     """The lines of the steps, without the seconds."""
-    config = Config(**dict(steps=20, batch_size=8, max_new_tokens=8, lr=1e-2, critic_lr=1e-2) | changes)
+    config = Config(**dict(steps=20, batch_size=8, group_size=8, epochs=2, max_new_tokens=8, minibatch=0, lr=1e-2,
+                           critic_lr=1e-2) | changes)
     torch.manual_seed(config.seed)
     ppo.train(policy, toy, Run(folder, {"steps": config.steps}, resume), "agent", config)
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -279,7 +280,7 @@ def test_it_learns(tiny, tmp_path, group_size):
     base = {name: x.clone() for name, x in policy.model.named_parameters()}
     rows = trained(policy, Toy(64 // group_size), tmp_path, steps=30, group_size=group_size)
     assert rows[0]["reward"] < 0.1 and rows[-1]["reward"] > 0.5
-    assert not rows[0]["explained_variance"] and rows[0]["kl"] < 1e-3  # None if all rewards are 0
+    assert rows[0]["kl"] < 1e-3
     assert (rows[0]["reward_std"] > 0) == (group_size > 1)
     assert (rows[0]["lr"], rows[-1]["lr"]) == pytest.approx((1e-2 / 5, 1e-2 / 30))
     assert {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
@@ -298,13 +299,13 @@ def test_one_pass_at_any_temperature_never_leaves_the_ratio_of_1(tiny, tmp_path)
     assert row["clip_rate"] == 0 and row["kl"] < 1e-6 and row["grad_norm"] > 0
 
 
-def test_equal_rewards_teach_the_actor_nothing_at_first(tiny, tmp_path):
+def test_equal_rewards_teach_the_actor_nothing_while_the_critic_is_indifferent(tiny, tmp_path, monkeypatch):
     policy = tiny()
     before = [x.clone() for x in policy.parameters("agent")]
+    monkeypatch.setattr(torch, "randn", torch.zeros)  # w = 0: the same value everywhere
     [row] = trained(policy, Toy(reward=1.0), tmp_path, steps=1, beta=0)
     assert all(map(torch.equal, before, policy.parameters("agent")))
     assert row["grad_norm"] == 0 and row["zero_std_rate"] == 1 and row["explained_variance"] is None
-    assert policy.parameters("critic")[1].any()  # the critic has begun
 
 
 def test_a_killed_run_resumes_with_the_same_numbers(tiny, tmp_path):

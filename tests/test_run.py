@@ -146,6 +146,7 @@ def test_killed_before_every_change_on_disk(tmp_path, monkeypatch):
 def test_sigkill_at_random_moments(tmp_path):
     seen = set()
     for trial in range(12):
+        before = set(tmp_path.glob("checkpoint/step-*"))
         child = os.fork()
         if child == 0:
             try:
@@ -155,7 +156,10 @@ def test_sigkill_at_random_moments(tmp_path):
                     save(run, step)
             finally:
                 os._exit(1)
-        time.sleep(0.05 + random.Random(trial).random() / 10)
+        deadline = time.monotonic() + 30
+        while not set(tmp_path.glob("checkpoint/step-*")) - before and time.monotonic() < deadline:
+            time.sleep(0.005)  # however slow the machine: the first new checkpoint at least
+        time.sleep(random.Random(trial).random() / 10)
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         found = Run(tmp_path, CONFIG, resume=True).load()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import data
+import data.locomo
 import train_manager
 from data import Dialogue, Question, Turn
 from policy import Completion, Policy

@@ -1,0 +1,205 @@
+"""The Answer Agent's task by hand-made cases, and the script from the shell: what it writes, what it refuses."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import answer
+import data
+import train_answer
+from data import Question
+from memory import MemoryBank, make_embedder
+from policy import Completion, Policy
+
+ROOT = Path(__file__).parent.parent
+TRAINING_KEYS = {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
+                 "completion_tokens", "invalid_rate", "seconds", "shown", "selected", "evidence"}
+EVAL_KEYS = {"step", "eval", "n", "em", "f1", "bank_size", "ops", "agreement", "shown", "selected", "evidence"}
+QUICK = ["--steps", "2", "--eval", "1", "--batch-size", "4", "--group-size", "3", "--memories", "4",
+         "--max-new-tokens", "24"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_conversations():
+    """Conversations of a fifth of the length: the banks are built in a second."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_answer, "NUM_TURNS", 20)
+    patch.setattr(train_answer, "NUM_DIALOGUES", 3)
+    yield
+    patch.undo()
+
+
+def task(**flags):
+    argv = [part for name, value in {"eval": 1, "seed": 3, **flags}.items()
+            for part in (f"--{name.replace('_', '-')}", str(value))]
+    args = train_answer.arguments(argv)
+    policy = Policy.load(args.model)
+    policy.add_adapter("answer", 4, 8)
+    return train_answer.AnswerTask(policy, args)
+
+
+@pytest.fixture(scope="module")
+def made(short_conversations):
+    return task(batch_size=6)
+
+
+def run_script(*args, env=None, timeout=400):
+    """The script in a process of its own, on short conversations."""
+    code = ("import sys, train_answer; from run import exit_cleanly; "
+            "train_answer.NUM_TURNS, train_answer.NUM_DIALOGUES = 12, 2; exit_cleanly(train_answer.main)")
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True, capture_output=True,
+                          timeout=timeout, env={**os.environ, **(env or {})})
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def output(text):
+    return Completion([5], [0.0], True, text)
+
+
+# ------------------------------------------------------------------------------------------------ episodes
+
+def test_every_question_comes_up_once_before_any_comes_up_again(made):
+    count = len(made.places)
+    made_of = [episode.place for step in range(1, count // 6 + 2) for episode in made.batch(step)]
+    assert len({id(place) for place in made_of[:count]}) == count
+    assert all(episode.place.question.asked is None for episode in made.batch(1))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(made):
+    later = made.batch(3)
+    made.batch(1)
+    assert [episode.prompt for episode in made.batch(3)] == [episode.prompt for episode in later]
+    assert [episode.prompt for episode in made.batch(2)] != [episode.prompt for episode in later]
+
+
+def test_memories_grow_to_their_number(made, monkeypatch):
+    monkeypatch.setattr(made.args, "memories", 20)
+    assert made.num_shown(1) == 20  # without --grow from the first step
+    monkeypatch.setattr(made.args, "grow", 4)
+    assert [made.num_shown(step) for step in (1, 2, 4, 9)] == [8, 12, 20, 20]
+    monkeypatch.setattr(made.args, "memories", 2)
+    assert made.num_shown(1) == 2
+
+
+def hand_made():
+    """Four memories of two people; the question rests on turns D1:1 and D1:3."""
+    bank = MemoryBank(make_embedder("hash", "cpu"))
+    told = [("Ann", "Ann has a dog named Rex.", {"D1:1"}), ("Ann", "Ann drives a Kia.", {"D1:2"}),
+            ("Bob", "Bob has a dog named Tom.", {"D1:4"}), ("Ann", "Ann met Rex and a dog.", {"D1:3", "D2:1"})]
+    sources = {bank.add(text, speaker, ""): turns for speaker, text, turns in told}
+    question = Question("Q", "Which dog does Ann have?", "Rex", 4, ("D1:1", "D1:3"))
+    place = train_answer.Place(question, bank, ("Ann", "Bob"), sources)
+    asked = SimpleNamespace(shown=[bank.get(id) for id in (0, 1, 3, 2)])
+    return train_answer.Episode([1, 2], place, asked)
+
+
+def test_evidence_is_what_was_written_from_the_questions_turns():
+    assert hand_made().evidence == {1, 3}
+
+
+def test_selection_counts_numbers_that_were_shown():
+    episode = hand_made()
+    answers = [answer.parse("relevant: 1, 2, 9\nanswer: Rex"),
+               answer.parse("1 Rex\n2 none\n3 Rex\n4 none\nanswer: Rex")]
+    assert train_answer.selection([episode, episode], answers) == {"shown": 4, "selected": 2.0, "evidence": 3 / 4}
+    assert train_answer.selection([episode], [answer.parse("nothing")])["evidence"] is None
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+def test_the_reward_is_the_answers_alone(made):
+    """Right whatever is selected, wrong even with the right selection, 0 without an answer."""
+    episodes = made.batch(1)
+    groups = [[output(f"relevant: 99\nanswer: {episode.place.question.answer}"), output("relevant: 1\nanswer: so-so"),
+               output(episode.place.question.answer)] for episode in episodes]
+    rewards, extra, samples = made.rewards(episodes, groups)
+    assert rewards.tolist() == [[1, 0, 0]] * len(episodes)
+    assert extra["invalid_rate"] == pytest.approx(1 / 3)
+    assert samples[0]["parts"]["gold"] == episodes[0].place.question.answer and "question:" in samples[0]["prompt"]
+
+
+def test_every_member_of_a_group_is_judged_by_the_same_gold(made, monkeypatch):
+    seen = []
+    monkeypatch.setattr(made, "score", lambda triples: [seen.append(triple) or 0.0 for triple in triples])
+    episodes = made.batch(1)[:2]
+    made.rewards(episodes, [[output("answer: a"), output("answer: b")], [output("answer: c"), output("answer: d")]])
+    assert [prediction for _, prediction, _ in seen] == ["a", "b", "c", "d"]
+    assert [gold for *_, gold in seen] == [e.place.question.answer for e in episodes for _ in range(2)]
+
+
+def test_held_out_banks_are_built_before_training_and_asked_with_either_agent(made):
+    (result,) = made.evaluate("untrained", 0)
+    assert EVAL_KEYS <= set(result) and result["n"] == len(made.held_out) > 5
+    assert made.evaluate("trained", 9)[0] == {**result, "step": 9, "eval": "trained"}  # an adapter that changes nothing
+
+
+# ------------------------------------------------------------------------------------------------ from the shell
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_a_run_writes_what_the_contract_says_and_trains_its_own_adapter_only(tmp_path, algo):
+    policy = Policy.load(data.TINY)
+    torch.manual_seed(0)
+    policy.add_adapter("manager", 4, 8)
+    policy.save_adapter("manager", tmp_path / "manager/adapter")
+    before = (tmp_path / "manager/adapter/adapter_model.safetensors").read_bytes()
+    done = run_script("--algo", algo, *QUICK, "--manager-adapter", tmp_path / "manager", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    lines = rows(tmp_path / "run/metrics.jsonl")
+    assert [line["eval"] for line in lines if "eval" in line] == ["untrained", "trained"]
+    assert all(EVAL_KEYS <= set(line) for line in lines if "eval" in line)
+    steps = [line for line in lines if "eval" not in line]
+    wanted = TRAINING_KEYS | ({"value_loss", "explained_variance"} if algo == "ppo" else set())
+    assert [line["step"] for line in steps] == [1, 2] and all(wanted <= set(line) for line in steps)
+    assert {"prompt", "completion", "reward", "parts"} <= set(rows(tmp_path / "run/samples.jsonl")[0])
+    assert (tmp_path / "manager/adapter/adapter_model.safetensors").read_bytes() == before
+    assert Policy.load(data.TINY).load_adapter("answer", tmp_path / "run") is None  # a run's folder will do
+
+
+def test_without_distillation_nothing_is_selected(tmp_path):
+    done = run_script(*QUICK, "--steps", "1", "--no-distill", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "the answer alone:" in rows(tmp_path / "run/samples.jsonl")[0]["prompt"]
+    assert rows(tmp_path / "run/metrics.jsonl")[-1]["selected"] == 0
+
+
+REFUSED = {
+    "no adapter": (["--manager-adapter", "nowhere"], "nowhere"),
+    "endpoint that is not set": (["--reward", "judge"], "JUDGE_URL"),
+    "no such judge": (["--reward", "judge", "--judge", "./nowhere"], "nowhere"),
+    "memories": (["--memories", "0"], "--memories 0"),
+    "grow": (["--grow", "-1"], "--grow -1"),
+    "reward": (["--reward", "vibes"], "vibes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_one_line_and_exit_code_2(tmp_path, case):
+    flags, words = REFUSED[case]
+    clean = {name: "" for name in ("JUDGE_URL", "OPENAI_BASE_URL", "JUDGE_MODEL")}
+    done = run_script(*flags, "--out", tmp_path / "run", env={"HF_HUB_OFFLINE": "1", **clean})
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_base_model_or_rank_is_refused_by_both_names(tmp_path):
+    policy = Policy.load(data.TINY)
+    policy.add_adapter("manager", 4, 8)
+    policy.save_adapter("manager", tmp_path / "run/adapter")
+    path = tmp_path / "run/adapter/adapter_config.json"
+    for key, value, words in (("base_model_name_or_path", "Qwen/Qwen2.5-3B-Instruct", ("Qwen2.5-3B", "tiny")),
+                              ("r", 8, ("rank 8", "(4, 128)"))):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, key: value}))
+        done = run_script(*QUICK, "--manager-adapter", tmp_path / "run", "--out", tmp_path / "out")
+        path.write_text(json.dumps(config))
+        assert done.returncode == 2 and all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,195 @@
+"""
+Trains the Answer Agent (Memory-R1, arXiv 2508.19828, Alg. 4 and sec. 3.2): it is shown the memories retrieved for a
+question, many of them beside the point, selects those that matter and answers, in one generation.
+
+    python train_answer.py --algo grpo --manager-adapter runs/manager-grpo     # banks kept by that Manager
+    python train_answer.py --algo grpo                                         # banks kept by the base model
+    python train_answer.py --algo grpo --no-distill --out runs/answer-plain    # answers without selecting
+
+An episode is one question to the finished bank of a conversation. The Manager is frozen: every bank is built once,
+before the first step. The reward judges the answer alone; nothing rewards the selection but what it does for that.
+"""
+import argparse
+import random
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+import answer
+import data
+import grpo
+import manager
+import ppo
+from data import Dialogue, Question, UsageError
+from memory import MemoryBank, make_embedder
+from policy import Policy
+from run import Run, add_shared_flags, exit_cleanly, fill_defaults, plot, seed_everything
+
+NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
+NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each
+
+
+@dataclass(frozen=True)
+class Place:
+    """A question, and the bank that is to answer it."""
+    question: Question
+    bank: MemoryBank
+    speakers: tuple[str, str]
+    sources: dict[int, set[str]]  # memory id -> the turns it was written from
+
+
+@dataclass(frozen=True)
+class Episode:
+    prompt: list[int]
+    place: Place
+    asked: answer.Asked
+
+    @cached_property
+    def evidence(self) -> frozenset[int]:
+        """Numbers of the memories shown that were written from a turn the question rests on."""
+        turns = set(self.place.question.evidence)
+        return frozenset(i for i, memory in enumerate(self.asked.shown, 1) if turns & self.place.sources[memory.id])
+
+
+def selection(episodes, answers) -> dict[str, float]:
+    """What was shown and selected on average, and the share of the selected memories that are evidence."""
+    chosen = [{i for i in given.selected if i <= len(episode.asked.shown)}
+              for episode, given in zip(episodes, answers, strict=True)]
+    num_selected = sum(map(len, chosen))
+    hits = sum(len(one & episode.evidence) for one, episode in zip(chosen, episodes, strict=True))
+    return {"shown": sum(len(episode.asked.shown) for episode in episodes) / len(episodes),
+            "selected": num_selected / len(episodes), "evidence": hits / num_selected if num_selected else None}
+
+
+class AnswerTask:
+    """The Answer Agent's episodes, rewards and held-out evaluation (see `grpo.Task`)."""
+
+    def __init__(self, policy: Policy, args: argparse.Namespace):
+        self.policy, self.args = policy, args
+        self.embedder = make_embedder(args.embedder, str(policy.device))
+        self.manager_adapter = "manager" if args.manager_adapter else None
+        judge = answer.make_judge(args.judge, policy) if args.reward == "judge" else None
+        self.score = answer.make_scorer(args.reward, judge)
+        self.built: list[manager.Built] = []  # the held-out banks
+        if args.data == "synthetic":
+            train = data.load("synthetic", "train", count=NUM_DIALOGUES, seed=args.seed, num_turns=NUM_TURNS)
+            held_out = data.load("synthetic", "test", count=args.eval, seed=1, num_turns=NUM_TURNS)
+        else:
+            train, held_out = data.load(args.data, "train"), data.load(args.data, "val")[:args.eval]
+        self.places = self.build(train, "train")[0]
+        self.held_out, self.built = self.build(held_out, "held out")
+        if not self.places:
+            raise UsageError(f"--data {args.data}: there is no question to train on")
+
+    def build(self, dialogues: list[Dialogue], name: str) -> tuple[list[Place], list[manager.Built]]:
+        """The finished banks of the frozen Manager, and every question that is asked of them at the end."""
+        args = self.args
+        built = manager.build_banks(
+            self.policy, dialogues, self.embedder, "model", self.manager_adapter, args.top_k, args.extract,
+            args.max_prompt_tokens, args.max_operation_tokens, progress=f"{name}: reading {len(dialogues)} dialogues")
+        return [Place(question, one.bank, dialogue.speakers, one.sources)
+                for one, dialogue in zip(built, dialogues, strict=True)
+                for question in dialogue.questions if question.asked is None], built
+
+    # -------------------------------------------------------------------------------------------- episodes
+
+    def batch(self, step: int) -> list[Episode]:
+        """`--batch-size` questions; all come up once before any comes up again."""
+        P, count = self.args.batch_size, len(self.places)
+        chosen = []
+        for n in range((step - 1) * P, step * P):
+            if not chosen or n % count == 0:  # the order of this pass over the questions
+                order = random.Random(f"{self.args.seed} {n // count}").sample(range(count), count)
+            chosen.append(self.places[order[n % count]])
+        return [self.episode(place, self.num_shown(step)) for place in chosen]
+
+    def num_shown(self, step: int) -> int:
+        """Memories shown: over the first `--grow` steps from four up to `--memories`."""
+        share = min(1.0, step / self.args.grow) if self.args.grow else 1.0
+        return round(4 + share * (self.args.memories - 4)) if self.args.memories > 4 else self.args.memories
+
+    def episode(self, place: Place, memories: int) -> Episode:
+        args = self.args
+        asked = answer.ask(self.policy, place.bank, place.question.text, place.speakers, max(1, memories // 2),
+                           args.distill, args.named_only, args.floor, args.max_prompt_tokens)
+        return Episode(asked.prompt, place, asked)
+
+    # -------------------------------------------------------------------------------------------- rewards
+
+    def rewards(self, episodes, groups):
+        """The score of each answer; 0 for an output without one."""
+        given = [[answer.parse(completion.text) for completion in group] for group in groups]
+        asked = [(episode, one) for episode, group in zip(episodes, given, strict=True) for one in group]
+        scores = self.score([(episode.place.question.text, one.text, episode.place.question.answer)
+                             for episode, one in asked])
+        rewards = torch.tensor(scores).reshape(len(groups), -1)
+        invalid = sum(not one.is_valid for _, one in asked) / len(asked)
+        extra = {"invalid_rate": invalid, **selection([episode for episode, _ in asked], [one for _, one in asked])}
+        samples = [{"prompt": answer.case_text(answer.by_speaker(episode.asked.shown, episode.place.speakers),
+                                               episode.place.question.text, self.args.distill),
+                    "completion": group[0].text, "reward": rewards[i, 0].item(),
+                    "parts": {"answer": given[i][0].text, "gold": episode.place.question.answer,
+                              "selected": given[i][0].selected, "evidence": sorted(episode.evidence)}}
+                   for i, (episode, group) in enumerate(zip(episodes[:4], groups, strict=False))]
+        return rewards, extra, samples
+
+    # -------------------------------------------------------------------------------------------- held out
+
+    def evaluate(self, when: str, step: int) -> list[dict]:
+        """Every question about the held-out banks, greedily, with all `--memories`."""
+        if not self.held_out:
+            return []
+        args, episodes = self.args, [self.episode(place, self.args.memories) for place in self.held_out]
+        answers = answer.answer_all(self.policy, [episode.asked for episode in episodes],
+                                    "answer" if when == "trained" else None, args.max_new_tokens)
+        pairs = [(given.text, place.question.answer) for given, place in zip(answers, self.held_out, strict=True)]
+        judged, built = sum(one.judged for one in self.built), self.built
+        return [{"step": step, "eval": when, "n": len(pairs),
+                 "em": sum(answer.exact_match(*pair) for pair in pairs) / len(pairs),
+                 "f1": sum(answer.f1(*pair) for pair in pairs) / len(pairs),
+                 "bank_size": sum(len(one.bank) for one in built) / len(built),
+                 "ops": dict(sum((one.ops for one in built), Counter())),
+                 "agreement": sum(one.agreed for one in built) / judged if judged else None,
+                 **selection(episodes, answers)}]
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="example: python train_answer.py --manager-adapter runs/manager-grpo")
+    add_shared_flags(parser, "answer")
+    own = parser.add_argument_group("the Answer Agent's task")
+    own.add_argument("--manager-adapter", metavar="DIR",
+                     help="a Manager's run or adapter; it builds the banks (none: the base model)")
+    own.add_argument("--distill", action=argparse.BooleanOptionalAction, default=True,
+                     help="write down which memories matter before the answer (yes)")
+    own.add_argument("--grow", type=int, default=0, metavar="STEPS",
+                     help="show four memories at first and all of them from this step on (0: all from the first)")
+    own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
+    own.add_argument("--max-operation-tokens", type=int,
+                     help="of the frozen Manager's output (80; other models 512)")
+    return fill_defaults(parser.parse_args(argv), by_data={"memories": (20, 60), "named_only": (False, False),
+                                                           "eval": (8, 1)},
+                         by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512)})
+
+
+def main(argv=None) -> None:
+    args = arguments(argv)
+    seed_everything(args.seed)
+    policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    if args.manager_adapter:
+        policy.load_adapter("manager", args.manager_adapter)
+    policy.add_adapter("answer", args.rank, args.alpha)
+    task = AnswerTask(policy, args)
+    run = Run(args.out, vars(args), args.resume, args.overwrite)
+    algorithm = {"grpo": grpo, "ppo": ppo}[args.algo]
+    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
+    algorithm.train(policy, task, run, "answer", config)
+    plot(run.folder)
+    print(f"adapter, metrics and samples are in {run.folder}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
