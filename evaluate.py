@@ -28,6 +28,7 @@ import data
 import manager
 import report
 from data import TINY, Dialogue, Question, UsageError, longmemeval
+from judge import Endpoint, make_judge
 from memory import Memory, MemoryBank, make_embedder
 from policy import Completion, Policy
 from report import scores
@@ -123,7 +124,7 @@ def asked(args, setting: dict, limit: int | None) -> list[Dialogue]:
     options = {"count": setting["count"], "num_turns": setting["num_turns"], "seed": args.seed} \
         if args.data == "synthetic" else {}
     dialogues = data.load(args.data, args.split, **options)
-    final = [(one.id, question) for one in dialogues for question in one.questions if question.asked is None]
+    final = [(one.id, question) for one in dialogues for question in one.final_questions()]
     known = sorted({question.category for _, question in final})
     if not final:
         raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
@@ -146,7 +147,7 @@ def asked(args, setting: dict, limit: int | None) -> list[Dialogue]:
 class Hosted:
     """A server's model where `manager` expects a policy. What it generates is not counted."""
 
-    def __init__(self, endpoint: answer.Endpoint):
+    def __init__(self, endpoint: Endpoint):
         self.endpoint, self.name = endpoint, endpoint.model
 
     def encode(self, messages):
@@ -245,12 +246,12 @@ class Evaluation:
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
         self.judge = None
         if args.judge:
-            self.judge = answer.make_judge(args.judge, policy, device=args.device, dtype=args.dtype)
+            self.judge = make_judge(args.judge, policy, device=args.device, dtype=args.dtype)
         self.facts: dict[str, manager.Facts] = {}  # by the name of the model that lists them
         self.hosted = None
         for agent in {agent for system in systems for agent in (system.source, system.answer)}:
             if agent == "endpoint":
-                self.hosted = Hosted(answer.Endpoint.from_environment("MANAGER"))
+                self.hosted = Hosted(Endpoint.from_environment("MANAGER"))
             elif agent not in (*BASELINES, "base", *policy.adapters):
                 policy.load_adapter(agent, agent)
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {

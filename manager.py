@@ -270,6 +270,14 @@ class Built:
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> the turns it was written from
 
 
+def bank_report(built: Sequence[Built]) -> dict:
+    """Of some banks: memories in the mean, operations by event, agreement with the known ones (None: none known)."""
+    judged = sum(one.judged for one in built)
+    return {"bank_size": sum(len(one.bank) for one in built) / len(built),
+            "ops": dict(sum((one.ops for one in built), Counter())),
+            "agreement": sum(one.agreed for one in built) / judged if judged else None}
+
+
 def known_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
     """The known operation of a synthetic turn on this bank; NOOP where the bank lacks the entry it names."""
     operation = turn.operation

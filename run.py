@@ -49,13 +49,13 @@ EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
 
 
-# What a flag is worth if it is not given: on the synthetic talk, and on real benchmarks; with the tiny model, and with
-# others.
+# What a flag is worth if it is not given: on synthetic talk, on real benchmarks; with the tiny model, with others; for
+# GRPO, for PPO.
 BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
-            "micro_batch_tokens": (4096, 16384), "lr": ({"grpo": 3e-3, "ppo": 1e-3}, 2e-5)}
-BY_ALGORITHM = {"group_size": {"grpo": 8, "ppo": 4}, "minibatch": {"grpo": 0, "ppo": 6}}
+            "micro_batch_tokens": (4096, 16384), "lr": (None, 2e-5)}
+BY_ALGORITHM = {"group_size": (8, 4), "minibatch": (0, 6), "lr": (3e-3, 1e-3)}
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
@@ -64,7 +64,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add = parser.add_argument_group("the run").add_argument
     add("--algo", choices=("grpo", "ppo"), default="grpo", help="the algorithm (grpo)")
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--data", default="synthetic", help="synthetic, locomo, or a file in LoCoMo's format (synthetic)")
+    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, or a file of one "
+        "(synthetic)")
     add("--out", metavar="DIR", help="the run's folder (runs/AGENT-ALGO)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")
@@ -103,7 +104,6 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--max-prompt-tokens", type=int,
         help="longer prompts lose their least similar memories (1024; other models 4096)")
     add("--max-new-tokens", type=int, help="of a trained agent's output (80; other models 512)")
-    add("--max-answer-tokens", type=int, help="of an answer that serves the reward (48; other models 256)")
     add("--micro-batch-tokens", type=int, help="of one forward and backward pass (4096; other models 16384)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
     add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
@@ -115,17 +115,15 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
 
 
-def fill_defaults(args: argparse.Namespace, by_data=(), by_model=()) -> argparse.Namespace:
+def fill_defaults(args: argparse.Namespace, by_data=(), by_model=(), by_algorithm=()) -> argparse.Namespace:
     """Fills what depends on other flags, first from an agent's own tables; refuses numbers that make no sense."""
     is_other = Path(args.model).resolve() != TINY.resolve()
     for defaults, column in ((BY_DATA | dict(by_data), args.data != "synthetic"),
-                             (BY_MODEL | dict(by_model), is_other)):
+                             (BY_MODEL | dict(by_model), is_other),
+                             (BY_ALGORITHM | dict(by_algorithm), args.algo == "ppo")):
         for name, values in defaults.items():
             if getattr(args, name, 0) is None:
-                value = values[column]
-                setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
-    for name, values in BY_ALGORITHM.items():
-        setattr(args, name, values[args.algo] if getattr(args, name) is None else getattr(args, name))
+                setattr(args, name, values[column])
     args.critic_lr = 2 * args.lr if args.critic_lr is None else args.critic_lr
     args.out = args.out or f"runs/{args.agent}-{args.algo}"
     siblings = {"grpo": 2, "ppo": 1}[args.algo]  # GRPO compares a sample with its siblings, PPO has a critic
@@ -139,6 +137,15 @@ def fill_defaults(args: argparse.Namespace, by_data=(), by_model=()) -> argparse
     if args.temperature <= 0:
         raise UsageError(f"--temperature {args.temperature}: must be above 0, or all samples of a group are the same")
     return args
+
+
+def train(algorithm, policy, task, args: argparse.Namespace) -> None:
+    """A whole run in its folder, by `algorithm`: a module with a `Config` and a `train`."""
+    run = Run(args.out, vars(args), args.resume, args.overwrite)
+    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
+    algorithm.train(policy, task, run, args.agent, config)
+    plot(run.folder)
+    print(f"adapter, metrics and samples are in {run.folder}")
 
 
 def exit_cleanly(main) -> None:

@@ -11,7 +11,6 @@ before the first step. The reward judges the answer alone; nothing rewards the s
 """
 import argparse
 import random
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,9 +22,10 @@ import grpo
 import manager
 import ppo
 from data import Dialogue, Question, UsageError
+from judge import make_scorer
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from run import Run, add_shared_flags, exit_cleanly, fill_defaults, plot, seed_everything
+from run import add_shared_flags, exit_cleanly, fill_defaults, seed_everything, train
 
 NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
 NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each
@@ -70,16 +70,15 @@ class AnswerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.manager_adapter = "manager" if args.manager_adapter else None
-        judge = answer.make_judge(args.judge, policy) if args.reward == "judge" else None
-        self.score = answer.make_scorer(args.reward, judge)
-        self.built: list[manager.Built] = []  # the held-out banks
+        self.score = make_scorer(args.reward, args.judge, policy)
         if args.data == "synthetic":
             train = data.load("synthetic", "train", count=NUM_DIALOGUES, seed=args.seed, num_turns=NUM_TURNS)
             held_out = data.load("synthetic", "test", count=args.eval, seed=1, num_turns=NUM_TURNS)
         else:
             train, held_out = data.load(args.data, "train"), data.load(args.data, "val")[:args.eval]
         self.places = self.build(train, "train")[0]
-        self.held_out, self.built = self.build(held_out, "held out")
+        self.held_out, built = self.build(held_out, "held out")
+        self.about_banks = manager.bank_report(built) if built else {}
         if not self.places:
             raise UsageError(f"--data {args.data}: there is no question to train on")
 
@@ -91,7 +90,7 @@ class AnswerTask:
             args.max_prompt_tokens, args.max_operation_tokens, progress=f"{name}: reading {len(dialogues)} dialogues")
         return [Place(question, one.bank, dialogue.speakers, one.sources)
                 for one, dialogue in zip(built, dialogues, strict=True)
-                for question in dialogue.questions if question.asked is None], built
+                for question in dialogue.final_questions()], built
 
     # -------------------------------------------------------------------------------------------- episodes
 
@@ -145,13 +144,7 @@ class AnswerTask:
         answers = answer.answer_all(self.policy, [episode.asked for episode in episodes],
                                     "answer" if when == "trained" else None, args.max_new_tokens)
         pairs = [(given.text, place.question.answer) for given, place in zip(answers, self.held_out, strict=True)]
-        judged, built = sum(one.judged for one in self.built), self.built
-        return [{"step": step, "eval": when, "n": len(pairs),
-                 "em": sum(answer.exact_match(*pair) for pair in pairs) / len(pairs),
-                 "f1": sum(answer.f1(*pair) for pair in pairs) / len(pairs),
-                 "bank_size": sum(len(one.bank) for one in built) / len(built),
-                 "ops": dict(sum((one.ops for one in built), Counter())),
-                 "agreement": sum(one.agreed for one in built) / judged if judged else None,
+        return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.about_banks,
                  **selection(episodes, answers)}]
 
 
@@ -182,13 +175,7 @@ def main(argv=None) -> None:
     if args.manager_adapter:
         policy.load_adapter("manager", args.manager_adapter)
     policy.add_adapter("answer", args.rank, args.alpha)
-    task = AnswerTask(policy, args)
-    run = Run(args.out, vars(args), args.resume, args.overwrite)
-    algorithm = {"grpo": grpo, "ppo": ppo}[args.algo]
-    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
-    algorithm.train(policy, task, run, "answer", config)
-    plot(run.folder)
-    print(f"adapter, metrics and samples are in {run.folder}")
+    train({"grpo": grpo, "ppo": ppo}[args.algo], policy, AnswerTask(policy, args), args)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ import grpo
 import manager
 import ppo
 from data import Dialogue, Question, Turn, UsageError
+from judge import make_scorer
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from run import Run, add_shared_flags, exit_cleanly, fill_defaults, plot, seed_everything
+from run import add_shared_flags, exit_cleanly, fill_defaults, seed_everything, train
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,6 @@ def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
     return {turn: tuple(questions) for turn, questions in linked.items()}
 
 
-def final_questions(dialogue: Dialogue) -> list[Question]:
-    return [question for question in dialogue.questions if question.asked is None]
-
-
 class ManagerTask:
     """The Manager's episodes, rewards and held-out evaluation (see `grpo.Task`)."""
 
@@ -63,8 +60,7 @@ class ManagerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.answer_adapter = "answer" if args.answer_adapter else None
-        judge = answer.make_judge(args.judge, policy) if args.reward == "judge" else None
-        self.score = answer.make_scorer(args.reward, judge)
+        self.score = make_scorer(args.reward, args.judge, policy)
         self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = self.load_held_out("seen")
         self.facts: manager.Facts = {}
@@ -209,17 +205,11 @@ class ManagerTask:
         dialogues = dialogues or self.held_out
         built = self.build(dialogues, adapter, how, progress=f"held out: {name}")
         questions = [(one.bank, question, dialogue.speakers) for one, dialogue in zip(built, dialogues, strict=True)
-                     for question in final_questions(dialogue)]
+                     for question in dialogue.final_questions()]
         answers = answer.answer_all(self.policy, [self.ask(*item) for item in questions], self.answer_adapter,
                                     self.args.max_answer_tokens)
         pairs = [(given.text, question.answer) for given, (_, question, _) in zip(answers, questions, strict=True)]
-        count, judged = max(1, len(pairs)), sum(one.judged for one in built)
-        ops = sum((one.ops for one in built), Counter())
-        return {"step": step, "eval": name, "n": len(pairs),
-                "em": sum(answer.exact_match(*pair) for pair in pairs) / count,
-                "f1": sum(answer.f1(*pair) for pair in pairs) / count,
-                "bank_size": sum(len(one.bank) for one in built) / len(built), "ops": dict(ops),
-                "agreement": sum(one.agreed for one in built) / judged if judged else None}
+        return {"step": step, "eval": name, **answer.mean_scores(pairs), **manager.bank_report(built)}
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -234,6 +224,7 @@ def arguments(argv=None) -> argparse.Namespace:
                      help="who builds the bank before a turn: the Manager as it is, the base model, or the known "
                           "operations (synthetic: oracle, real data: base)")
     own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
+    own.add_argument("--max-answer-tokens", type=int, help="of its answers (48; other models 256)")
     own.add_argument("--linked", choices=("mean", "all"),
                      help="reward: mean score over the linked questions, or 1 only if all are right (synthetic: all, "
                           "real data: mean)")
@@ -251,13 +242,7 @@ def main(argv=None) -> None:
     if args.answer_adapter:
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
-    task = ManagerTask(policy, args)
-    run = Run(args.out, vars(args), args.resume, args.overwrite)
-    algorithm = {"grpo": grpo, "ppo": ppo}[args.algo]
-    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
-    algorithm.train(policy, task, run, "manager", config)
-    plot(run.folder)
-    print(f"adapter, metrics and samples are in {run.folder}")
+    train({"grpo": grpo, "ppo": ppo}[args.algo], policy, ManagerTask(policy, args), args)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ class Dialogue:
     turns: tuple[Turn, ...]
     questions: tuple[Question, ...]
 
+    def final_questions(self) -> list[Question]:
+        """Those asked at the end, which judge the whole bank."""
+        return [question for question in self.questions if question.asked is None]
+
 
 def load(name: str, split: str, **options) -> list[Dialogue]:
     """

@@ -19,9 +19,9 @@ import evaluate
 import report
 import train_answer
 import train_manager
-from answer import Endpoint
 from data import UsageError
 from evaluate import Hosted, System, scores
+from judge import Endpoint
 from memory import Memory
 from policy import Policy
 from report import interval
@@ -422,7 +422,7 @@ def test_a_judge_that_falls_silent_costs_no_answer(monkeypatch):
             if not self.is_there:
                 raise UsageError("no reply from http://judge")
             return [float(prediction == gold) for _, prediction, gold in triples]
-    monkeypatch.setattr(answer, "make_judge", lambda where, policy, **options: Judge())
+    monkeypatch.setattr(evaluate, "make_judge", lambda where, policy, **options: Judge())
     with pytest.raises(UsageError, match="http://judge"):
         rag("--judge", "endpoint")
     found, lines = read("x.json")

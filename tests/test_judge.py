@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import answer
-from answer import REWARDS, Endpoint, Judge, composite, exact_match, f1, make_judge, make_scorer, verdict_of
+from answer import METRICS, composite, exact_match, f1
 from data import UsageError
+from judge import Endpoint, Judge, make_judge, make_scorer, verdict_of
 
 RIGHT, FALSE = ("Which car?", "a Kia", "Kia"), ("Which dog?", "Rex", "Buddy")
 GOOD, BAD = 'The same. {"label": "CORRECT"}', 'Another dog. {"label": "WRONG"}'
@@ -238,11 +238,11 @@ def test_passing_trouble_is_sat_out(serve, cache, trouble):
 @pytest.mark.parametrize("after, bound, seconds", [
     ("0.3", 60, 0.3), ("3600", 0.2, 0.2), ("Wed, 21 Oct 2015 07:28:00 GMT", 60, 0), ("-5", 60, 0), ("nan", 60, 0)])
 def test_retry_after_is_heeded_within_bounds(serve, cache, monkeypatch, after, bound, seconds):
-    monkeypatch.setattr(answer, "LONGEST_PAUSE", bound)
+    monkeypatch.setattr("judge.LONGEST_PAUSE", bound)
     server = serve((429, {"Retry-After": after}, b""))
     begin = time.monotonic()
     assert Judge(server.endpoint(), cache)([RIGHT]) == [1] and len(server.requests) == 2
-    assert seconds <= time.monotonic() - begin < seconds + 1
+    assert seconds <= time.monotonic() - begin < seconds + 10
 
 
 def test_a_timeout_is_tried_again(serve, cache):
@@ -382,8 +382,8 @@ def test_an_empty_prediction_is_wrong_unasked(serve, cache):
     server = serve()
     judge = Judge(server.endpoint(), cache)
     empty = [("Q?", text, gold) for text in ("", " \n") for gold in ("Kia", "")]
-    for name in REWARDS:
-        assert make_scorer(name, judge)(empty) == [0.0] * 4
+    for score in (judge, *map(make_scorer, METRICS)):
+        assert score(empty) == [0.0] * 4
     assert server.requests == [] and judge.unreadable == 0
     assert judge([empty[0], RIGHT, empty[1]]) == [0, 1, 0] and len(server.requests) == 1
 
@@ -429,11 +429,9 @@ def test_composite_stays_in_its_range(one, other):
     assert composite(one, other) <= exact_match(one, other) + f1(one, other)
 
 
-def test_scorers(fake, cache):
-    assert REWARDS == ("em", "f1", "composite", "judge")
+def test_scorers(fake, cache, monkeypatch):
     triples = [RIGHT, FALSE, ("Which car?", "red Kia", "Kia")]
     assert make_scorer("em")(triples) == [1, 0, 0] and make_scorer("f1")(triples) == pytest.approx([2 / 3, 0, 2 / 3])
     assert make_scorer("composite")(triples) == pytest.approx([5 / 3, 0, 2 / 3 - 1 / 4])
-    assert make_scorer("judge", Judge(fake(by_gold), cache))(triples) == [1, 0, 1]
-    with pytest.raises(AssertionError, match="needs a judge"):
-        make_scorer("judge")
+    monkeypatch.setattr("judge.make_judge", lambda where, policy: Judge(policy, cache))
+    assert make_scorer("judge", "base", fake(by_gold))(triples) == [1, 0, 1]
