@@ -8,7 +8,7 @@ The paper (arXiv 2508.19828) splits by conversation: one trains, one validates, 
 category 5. Categories: 1 multi-hop, 2 temporal, 3 open-domain, 4 single-hop, 5 adversarial.
 The data is CC BY-NC 4.0, so it is no part of this repository. A turn with a photo reads
     What a day! [shares a photo: a photo of a dog on a beach]
-The other benchmarks use `cached_file`, `read` and `member` too.
+The other benchmarks use `cached_file`, `read`, `by_id` and `member` too.
 """
 import hashlib
 import http.client
@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import urllib.request
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data import Dialogue, Question, Turn, UsageError
@@ -47,12 +48,8 @@ def load(split: str = "train", path: str | Path | None = None, adversarial: bool
     if split not in SPLITS:
         raise UsageError(f'LoCoMo has no split "{split}": choose one of {", ".join(SPLITS)}')
     path = path or cached_file("locomo10.json", "LoCoMo", ADDRESS, SHA256, SIZE)
-    dialogues = {}
-    for i, entry in enumerate(entries or read(path)):
-        dialogue = dialogue_of(entry, f"{path}: entry {i}", adversarial)
-        if dialogue.id in dialogues:  # the ids of questions, and whose memory is whose, hang on it
-            raise UsageError(f'{path}: entry {i}: an earlier entry has the "sample_id" "{dialogue.id}"')
-        dialogues[dialogue.id] = dialogue
+    dialogues = by_id(entries or read(path), path, "sample_id",
+                      lambda entry, where: dialogue_of(entry, where, adversarial))
     if not set(dialogues) <= set(SPLITS["all"]):
         return list(dialogues.values())
     chosen = [dialogue for name, dialogue in dialogues.items() if name in SPLITS[split]]
@@ -105,6 +102,17 @@ def read(path: str | Path) -> list:
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: is not a list of conversations")
     return entries
+
+
+def by_id(entries: Iterable, path: str | Path, key: str, dialogue_of: Callable) -> dict[str, Dialogue]:
+    """{id: dialogue} in the order of the file, by `dialogue_of(entry, place)`; refuses an id (its `key`) twice."""
+    dialogues = {}
+    for i, entry in enumerate(entries):
+        dialogue = dialogue_of(entry, f"{path}: entry {i}")
+        if dialogue.id in dialogues:  # the ids of questions, and whose memory is whose, hang on it
+            raise UsageError(f'{path}: entry {i}: an earlier entry has the "{key}" "{dialogue.id}"')
+        dialogues[dialogue.id] = dialogue
+    return dialogues
 
 
 def dialogue_of(entry, where, adversarial):

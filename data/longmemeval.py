@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from data import Dialogue, Question, Turn, UsageError
-from data.locomo import cached_file, member, read
+from data.locomo import by_id, cached_file, member, read
 
 ADDRESS = ("https://huggingface.co/datasets/xiaowu0162/longmemeval-cleaned/resolve/"
            "98d7416c24c778c2fee6e6f3006e7a073259d48f/")
@@ -47,14 +47,8 @@ def load(split: str = "test", path: str | Path | None = None, variant: str = "or
         file, sha256, size = FILES[variant]
         path = cached_file(file, f"LongMemEval ({variant})", ADDRESS + file, sha256, size)
     entries = entries or read(path)
-    dialogues = {}
-    for i in range(len(entries)):
-        entry, entries[i] = entries[i], None  # what has been read is let go: S holds 280 MB of text
-        dialogue = dialogue_of(entry, f"{path}: entry {i}")
-        if dialogue.id in dialogues:
-            raise UsageError(f'{path}: entry {i}: an earlier entry has the "question_id" "{dialogue.id}"')
-        dialogues[dialogue.id] = dialogue
-    return list(dialogues.values())
+    one_by_one = (entries.pop(0) for _ in range(len(entries)))  # and let go when read: S holds 280 MB of text
+    return list(by_id(one_by_one, path, "question_id", dialogue_of).values())
 
 
 def dialogue_of(entry, where):

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from data import Dialogue, Question, Turn, UsageError
-from data.locomo import cached_file, member, read
+from data.locomo import by_id, cached_file, member, read
 
 ADDRESS = ("https://huggingface.co/datasets/MemGPT/MSC-Self-Instruct/resolve/5138f416f8fa76b75b2e080da87e8a8e346e1500/"
            "msc_self_instruct.jsonl")
@@ -37,13 +37,7 @@ def load(split: str = "test", path: str | Path | None = None, entries: list | No
     if split != "test":
         raise UsageError(f'MSC has no split "{split}": it is for evaluation, all of it is "test"')
     path = path or cached_file("msc_self_instruct.jsonl", "MSC-Self-Instruct", ADDRESS, SHA256, SIZE)
-    dialogues = {}
-    for i, entry in enumerate(entries or read(path)):
-        dialogue = dialogue_of(entry, f"{path}: entry {i}")
-        if dialogue.id in dialogues:
-            raise UsageError(f'{path}: entry {i}: an earlier entry has the "initial_data_id" "{dialogue.id}"')
-        dialogues[dialogue.id] = dialogue
-    return list(dialogues.values())
+    return list(by_id(entries or read(path), path, "initial_data_id", dialogue_of).values())
 
 
 def dialogue_of(entry, where):

@@ -1,17 +1,14 @@
 """LoCoMo's loader: every irregularity of the file survived, every malformed file answered with one line."""
-import copy
 import functools
 import hashlib
 import http.server
 import json
-import os
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from mutations import edited, mutated, real_file
 
 from data import UsageError, locomo
 
@@ -38,6 +35,7 @@ ENTRY = {
     ],
     "event_summary": {}, "observation": {}, "session_summary": {},
 }
+changed = functools.partial(edited, ENTRY)
 
 
 @pytest.fixture
@@ -47,17 +45,6 @@ def write(tmp_path):
         path.write_text(json.dumps(list(entries)))
         return path
     return writer
-
-
-def changed(*keys, value=None, remove=False):
-    """ENTRY with the value under that path of keys replaced or removed."""
-    entry = copy.deepcopy(ENTRY)
-    node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
-    if remove:
-        del node[keys[-1]]
-    else:
-        node[keys[-1]] = value
-    return entry
 
 
 def test_turns(write):
@@ -135,28 +122,9 @@ def test_malformed_files(tmp_path, content):
             locomo.load(path=path)
 
 
-def places(node, path=()):
-    """The path of keys of everything inside a JSON value."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
-
-
-TEXT = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", "conv-26", "D2:1", "Ann"])
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2))
-
-
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(places(ENTRY)), st.booleans(), JSON), min_size=1, max_size=3))
-def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
-    entry = ENTRY
-    for place, remove, value in mutations:
-        try:
-            entry = copy.deepcopy(entry)
-            node = functools.reduce(lambda node, key: node[key], place[:-1], entry)
-            node.pop(place[-1]) if remove else node.__setitem__(place[-1], value)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # an earlier mutation took the place away
+@given(mutated(ENTRY, "conv-26", "D2:1", "Ann"))
+def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "mutated.json"
     path.write_text(json.dumps([entry]))
     try:
@@ -168,17 +136,12 @@ def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
         assert str(error).startswith(str(path)) and "\n" not in str(error)
 
 
-@functools.cache
-def real_file():
-    beside = Path(__file__).parents[2] / "shared/data"
-    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
-    paths = [Path(folder).expanduser() / "locomo10.json" for folder in folders if folder]
-    return next((path for path in paths if path.exists()), None)
+REAL = real_file("locomo10.json")
 
 
-@pytest.mark.skipif(real_file() is None, reason="LoCoMo itself is not here (CC BY-NC, not in the repository)")
+@pytest.mark.skipif(REAL is None, reason="LoCoMo itself is not here (CC BY-NC, not in the repository)")
 def test_the_published_file():
-    dialogues = {split: locomo.load(split, real_file()) for split in locomo.SPLITS}
+    dialogues = {split: locomo.load(split, REAL) for split in locomo.SPLITS}
     num = {split: sum(len(dialogue.questions) for dialogue in found) for split, found in dialogues.items()}
     assert num == {"train": 152, "val": 81, "test": 1307, "all": 1540}
     assert [len(dialogue.turns) for dialogue in dialogues["all"]] == [
@@ -186,7 +149,7 @@ def test_the_published_file():
     assert sum(len({turn.session for turn in dialogue.turns}) for dialogue in dialogues["all"]) == 272
     categories = Counter(question.category for d in dialogues["test"] for question in d.questions)
     assert categories == {1: 239, 2: 258, 3: 83, 4: 727}
-    everything = locomo.load("all", real_file(), adversarial=True)
+    everything = locomo.load("all", REAL, adversarial=True)
     questions = [question for dialogue in everything for question in dialogue.questions]
     assert Counter(question.category for question in questions) == {1: 282, 2: 321, 3: 96, 4: 841, 5: 446}
     assert len({question.id for question in questions}) == 1986

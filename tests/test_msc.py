@@ -1,13 +1,10 @@
 """MSC's loader: sessions without speakers and dates get them, malformed files one line; and which format a file has."""
-import copy
 import functools
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from mutations import edited, mutated, real_file, said
 
 import data
 from data import UsageError, msc
@@ -25,6 +22,7 @@ ENTRY = {
     "metadata": {"initial_data_id": "valid_0", "session_id": 2},
     "self_instruct": {"B": "Which artist was\u200b it? ", "A": "Taylor Swift!"},
 }
+changed = functools.partial(edited, ENTRY)
 
 
 @pytest.fixture
@@ -34,17 +32,6 @@ def write(tmp_path):
         path.write_text("\r\n".join(json.dumps(entry) for entry in entries) + "\r\n")
         return str(path)
     return writer
-
-
-def changed(*keys, value=None, remove=False):
-    """ENTRY with the value under that path of keys replaced or removed."""
-    entry = copy.deepcopy(ENTRY)
-    node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
-    if remove:
-        del node[keys[-1]]
-    else:
-        node[keys[-1]] = value
-    return entry
 
 
 def test_turns_alternate_and_are_dated_back_from_the_last_session(write):
@@ -63,11 +50,6 @@ def test_the_question_says_who_asks_whom(write):
     question, = data.load(write(ENTRY), "test")[0].questions
     assert question == data.Question("valid_0:0", "Speaker 2 asks Speaker 1: Which artist was it?", "Taylor Swift!", 21)
     assert question.category in msc.CATEGORIES
-
-
-def said(dialogue):
-    return [turn.text for turn in dialogue.turns] + [turn.time for turn in dialogue.turns] + [
-        text for question in dialogue.questions for text in (question.text, question.answer)]
 
 
 def test_personas_and_ids_are_in_no_text(write):
@@ -163,28 +145,9 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
         data.load("nowhere", "test")
 
 
-def places(node, path=()):
-    """The path of keys of everything inside a JSON value."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
-
-
-TEXT = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", "Speaker 2", "9999 weeks", "9 days ٣ hours 0 hour", "id"])
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2))
-
-
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(places(ENTRY)), st.booleans(), JSON), min_size=1, max_size=3))
-def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
-    entry = ENTRY
-    for place, remove, value in mutations:
-        try:
-            entry = copy.deepcopy(entry)
-            node = functools.reduce(lambda node, key: node[key], place[:-1], entry)
-            node.pop(place[-1]) if remove else node.__setitem__(place[-1], value)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # an earlier mutation took the place away
+@given(mutated(ENTRY, "Speaker 2", "9999 weeks", "9 days ٣ hours 0 hour", "id"))
+def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "mutated.jsonl"
     path.write_text(json.dumps(entry))
     try:
@@ -194,14 +157,6 @@ def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, mutations):
         "".join(said(dialogue)).encode()
     except UsageError as error:
         assert str(error).startswith(f"{path}: entry 0") and "\n" not in str(error)
-
-
-@functools.cache
-def real_file(name):
-    beside = Path(__file__).parents[2] / "shared/data"
-    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
-    paths = [Path(folder).expanduser() / name for folder in folders if folder]
-    return next((path for path in paths if path.exists()), None)
 
 
 SESSIONS, EXCERPTS = "msc_valid_sessions1to4.json", "msc_dmr_excerpts.json"

@@ -1,0 +1,59 @@
+"""What the loaders' tests share: entries of a file with a part changed, or broken at random; the published files."""
+import copy
+import functools
+import os
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from data import Dialogue
+
+
+def edited(entry: dict, *keys: str | int, value=None, remove: bool = False) -> dict:
+    """A copy of the entry with the value under that path of keys replaced or removed."""
+    entry = copy.deepcopy(entry)
+    node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
+    if remove:
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = value
+    return entry
+
+
+def places(node, path: tuple = ()) -> list[tuple]:
+    """The path of keys of everything inside a JSON value."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
+
+
+def mutated(entry: dict, *words: str) -> st.SearchStrategy[dict]:
+    """The entry with one to three of its places removed or replaced by any JSON; `words` are tried among its texts."""
+    text = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", *words])
+    value = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | text,
+                         lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2))
+    mutation = st.tuples(st.sampled_from(places(entry)), st.booleans(), value)
+    return st.lists(mutation, min_size=1, max_size=3).map(lambda mutations: functools.reduce(mutate, mutations, entry))
+
+
+def mutate(entry: dict, mutation: tuple) -> dict:
+    """The entry after one (place, remove, value), or the same entry if an earlier mutation took the place away."""
+    place, remove, value = mutation
+    try:
+        return edited(entry, *place, value=value, remove=remove)
+    except (KeyError, IndexError, TypeError):
+        return entry
+
+
+def said(dialogue: Dialogue) -> list[str]:
+    """Every text of a dialogue that a model may see."""
+    return [turn.text for turn in dialogue.turns] + [turn.time for turn in dialogue.turns] + [
+        text for question in dialogue.questions for text in (question.text, question.answer)]
+
+
+@functools.cache
+def real_file(name: str) -> Path | None:
+    """Where a published file of that name is, or None if it is not here."""
+    beside = Path(__file__).parents[2] / "shared/data"
+    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
+    paths = [Path(folder).expanduser() / name for folder in folders if folder]
+    return next((path for path in paths if path.exists()), None)
