@@ -15,14 +15,18 @@ The paper re-prints the selected memories; a number, or a verdict of a word or t
 How an answer is scored (exact match, F1, BLEU-1) stands here too; `judge.py` asks a language model instead.
 """
 import math
+import os
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
-from manager import chat, fit_prompt, memory_lines, one_line
-from memory import Memory, MemoryBank
+from data import TINY, Turn
+from manager import BOLD, chat, fit_prompt, memory_lines, one_line, read_turn, screen, show_bank
+from memory import Memory, MemoryBank, make_embedder
 
 RULES = """You answer a question about two people from memories of their conversations. Each memory has a number and \
 the date on which it was told.
@@ -80,7 +84,7 @@ def case_text(shown: dict[str, Sequence], question: str, distill: bool = True) -
     """The user message: memories numbered through under their speakers' headings, then the question."""
     parts, start = [], 1
     for speaker, own in shown.items():
-        parts.append(f"memories of {speaker}:\n{memory_lines(own, start)}")
+        parts.append(f"{one_line(f'memories of {speaker}:')}\n{memory_lines(own, start)}")
         start += len(own)
     wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
     return "\n".join([*(parts or ["memories:\nnone"]), f"question: {one_line(question)}", wanted])
@@ -203,3 +207,77 @@ def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     count = max(1, len(pairs))
     return {"n": len(pairs), "em": sum(exact_match(*pair) for pair in pairs) / count,
             "f1": sum(f1(*pair) for pair in pairs) / count}
+
+
+# ------------------------------------------------------------------------------------------------ on a terminal
+
+def reply(policy, bank: MemoryBank, question: str, adapter: str | None, settings: dict) -> None:
+    """Prints what is retrieved for a question, what of it is selected, and the answer. `settings`: of `run.usual`."""
+    speakers = tuple(dict.fromkeys(memory.speaker for memory in bank))
+    search = bank, question, speakers, max(1, settings["memories"] // 2)
+    scores = {memory.id: score for memory, score in retrieve(*search, named_only=settings["named_only"])}
+    asked = ask(policy, *search, named_only=settings["named_only"], max_prompt_tokens=settings["max_prompt_tokens"])
+    given, = answer_all(policy, [asked], adapter, settings["max_answer_tokens"])
+    print(f"    retrieved: {'similarity, * selected, memory' if asked.shown else 'nothing'}")
+    for i, memory in enumerate(asked.shown, 1):
+        is_selected = i in given.selected
+        line = f"    {scores[memory.id]:.2f} {'*' if is_selected else ' '} {memory_lines([memory], i)}"
+        print(screen(line, 13, BOLD if is_selected else 0))
+    print(screen(f"    answer: {given.text if given.is_valid else '(the output could not be read)'}", 12, BOLD))
+
+
+def typed(prompt: str):
+    """The lines that a person types, or a file holds, which are then printed as if they had been typed."""
+    is_person = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input(prompt if is_person else "")
+        except EOFError:
+            return print()
+        if not is_person:
+            print(f"{prompt}{line}")
+        yield " ".join(line.split())
+
+
+def main(argv=None) -> None:
+    """Answers one question to a bank, or talks with its owner."""
+    from policy import Policy  # here: nothing above needs a model of its own, and run.py comes after this file
+    from run import Parser, usual
+    parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
+                    "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
+                    epilog='example: python answer.py talk.json "Which car does Jon drive?"')
+    add = parser.add_argument
+    add("bank", metavar="BANK", help="a bank's file; a chat begins it if there is none")
+    add("question", nargs="?", help="in quotes (none: a chat)")
+    add("--answer", metavar="DIR", help="an Answer Agent's run or adapter (none: the base model)")
+    add("--manager", metavar="DIR", help="of the chat: a Manager's run or adapter (none: the base model)")
+    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
+    add("--name", default="Alex", help="of the chat: yours (Alex)")
+    args = parser.parse_args(argv)
+    embedder, is_there = make_embedder("hash"), args.question or os.path.exists(args.bank)
+    bank = MemoryBank.load(args.bank, embedder) if is_there else MemoryBank(embedder)
+    policy, settings = Policy.load(args.model), usual(args.model)
+    for role in ("manager", "answer"):
+        if getattr(args, role):
+            policy.load_adapter(role, getattr(args, role))
+            setattr(args, role, role)  # from here on the adapter goes by that name
+    if args.question:
+        return reply(policy, bank, args.question, args.answer, settings)
+    show_bank(bank)
+    print(screen(f'Say something ("I have a dog named Buddy."), or ask by name ("Which dogs does {args.name} have?"). '
+                 "An empty line shows the bank, Ctrl-D ends."))
+    today = f"{date.today():%d %B %Y}".lstrip("0")
+    for number, line in enumerate(typed(f"{args.name}> "), 1):
+        if line.endswith("?"):
+            reply(policy, bank, line, args.answer, settings)
+        elif line:
+            read_turn(policy, bank, Turn(str(number), 1, args.name, line, today), args.manager, settings)
+            bank.save(args.bank)
+        else:
+            show_bank(bank)
+
+
+if __name__ == "__main__":
+    from run import exit_cleanly
+    exit_cleanly(main, less="the size of --model", go_on="the same command goes on")

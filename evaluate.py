@@ -1,10 +1,13 @@
-"""
+r"""
 Evaluates memory agents: systems -> banks -> answers -> scores -> reports.
 
-    python evaluate.py                                   # tiny model, held-out synthetic talk, all that is in runs/
-    python evaluate.py --manager base runs/manager-grpo --answer base runs/answer-grpo --out runs/2x2.json
-    python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct --system rag full-context --paper
-    python evaluate.py --compare runs/2x2.json:"base + base" runs/2x2.json:"manager-grpo + answer-grpo"
+    python evaluate.py           # tiny model, synthetic talk, all that is in runs/
+    python evaluate.py --manager base runs/manager-grpo \
+        --answer base runs/answer-grpo --out runs/2x2.json
+    python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \
+        --system rag full-context --paper
+    python evaluate.py --compare runs/2x2.json:"base + base" \
+        runs/2x2.json:"manager-grpo + answer-grpo"
 
 A system is a source of memories (a baseline or a Manager), an Answer Agent, and how many memories it is shown. With
 --out FILE.json every answer is a line of FILE.predictions.jsonl as soon as it is there; `report.py` computes all that
@@ -13,10 +16,8 @@ is reported from these lines alone, and an evaluation that was stopped goes on a
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,11 +29,11 @@ import data
 import manager
 import report
 from data import TINY, Dialogue, Question, UsageError, longmemeval
-from judge import Endpoint, make_judge
+from judge import Endpoint, Hosted, make_judge
 from memory import Memory, MemoryBank, make_embedder
-from policy import Completion, Policy
+from policy import Policy
 from report import scores
-from run import BY_DATA, BY_MODEL, append, exit_cleanly, note, seed_everything, tidy, write, writing
+from run import BY_DATA, BY_MODEL, Parser, append, exit_cleanly, note, seed_everything, tidy, write, writing
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
@@ -144,23 +145,6 @@ def asked(args, setting: dict, limit: int | None) -> list[Dialogue]:
 
 # ------------------------------------------------------------------------------------------------ models
 
-class Hosted:
-    """A server's model where `manager` expects a policy. What it generates is not counted."""
-
-    def __init__(self, endpoint: Endpoint):
-        self.endpoint, self.name = endpoint, endpoint.model
-
-    def encode(self, messages):
-        return list(json.dumps(messages).encode())  # "token ids" from which `sample` reads the chat again
-
-    def using(self, adapter):
-        return nullcontext(self)
-
-    def sample(self, prompts, n, max_new_tokens, temperature):
-        replies = self.endpoint.complete([json.loads(bytes(prompt)) for prompt in prompts], max_new_tokens)
-        return [[Completion([], [], True, reply)] for reply in replies]
-
-
 class Meter:
     """A policy that counts the tokens it generates, and the seconds for each prompt of a batch."""
 
@@ -182,8 +166,9 @@ class Reranker:
     def __init__(self, name, device):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer  # here: few need it
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model, found = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.model, found = AutoModelForSequenceClassification.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             if found["missing_keys"]:  # transformers would go on with random numbers in their place
                 raise ValueError(f"no weights for {min(found['missing_keys'])}")
             self.model.to(device).eval().requires_grad_(False)
@@ -387,8 +372,8 @@ def numbers(text: str) -> list[int]:
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), epilog=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
+                    epilog="examples:\n" + __doc__.split("\n\n")[1])
     add = parser.add_argument_group("systems (none named: baselines, base, and all that is in runs/)").add_argument
     add("--manager", nargs="+", metavar="DIR", help="who keeps the bank: runs or adapters, base, or endpoint "
         "(MANAGER_URL, MANAGER_MODEL, MANAGER_API_KEY in the environment)")
@@ -399,7 +384,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--reranker", metavar="DIR", help=f"a cross-encoder, to choose them out of {RERANK_FROM} times as many")
     add("--distill", action=argparse.BooleanOptionalAction, default=True, help="select memories, then answer (yes)")
     add = parser.add_argument_group("questions").add_argument
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, or a file of one")
+    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file of one, or a "
+        "transcript of your own: see data/transcript.py (synthetic)")
     add("--split", default="test", help="train, val or test (test)")
     add("--category", type=int, nargs="+", metavar="N", help="only questions of these categories")
     add("--limit", type=int, metavar="N",
@@ -444,6 +430,10 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("limit", "at_once", "max_prompt_tokens", "max_new_tokens", "max_answer_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.top_k < 0:
+        raise UsageError(f"--top-k {args.top_k}: must be at least 0")
+    if args.floor is not None and not 0 <= args.floor <= 1:
+        raise UsageError(f"--floor {args.floor}: must be from 0 to 1")
     if "oracle" in (args.system or []) and is_real:
         raise UsageError("--system oracle needs known operations, which only --data synthetic has")
     if "endpoint" in (args.answer or []):
@@ -498,13 +488,6 @@ def main(argv=None) -> None:
         print(f"results are in {args.out}, every answer in {report.predictions_of(args.out)}")
 
 
-def main_until_stopped() -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; with --out the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    exit_cleanly(main_until_stopped)
+    exit_cleanly(main, less="--at-once or --max-prompt-tokens",
+                 go_on="with --out the same command goes on from here")

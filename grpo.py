@@ -16,6 +16,7 @@ Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest com
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
 """
 import random
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +24,9 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from data import TINY
 from policy import Completion, Policy, pad_right
-from run import Run, optimizer_tensors, random_state, read_rows, restore_optimizer, restore_random_state
+from run import Parser, Run, exit_cleanly, first_not_finite, read_rows, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Config:
 
 class Task(Protocol):
     """What is to be learned. `grpo.py` sees prompts, completions and rewards, and nothing of what they are about."""
+    state: dict  # what the task has to find again when a run is resumed, fit for JSON
 
     def batch(self, step: int) -> list:
         """The episodes of a step, each with a `prompt` of token ids."""
@@ -145,7 +148,8 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
     lengths = [len(completion) for group in rollouts.completions for completion in group]
     mean_length = sum(lengths) / len(lengths) if config.loss_mean == "token" else None
     sums = dict.fromkeys(("kl", "clip_rate", "tokens"), 0.0)
-    norms = []
+    parameters = dict(zip(policy.names(adapter), policy.parameters(adapter), strict=True))
+    norms, skips = [], []
     for _ in range(config.epochs if lessons else 0):
         rng.shuffle(lessons)
         size = config.minibatch or len(lessons)
@@ -159,16 +163,19 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
                 part = pick(batch, indices)
                 for name, value in backward(policy, part, num_rows, mean_length, adapter, config).items():
                     sums[name] += value
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(adapter), config.grad_clip)
-            if not torch.isfinite(norm):
-                raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype float32")
-            norms.append(norm.item())
+            bad = first_not_finite({"advantages": batch.advantages, "logp_old": batch.logp_old} | {
+                f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
+            if bad:  # a loss that is not finite has such gradients too
+                skips.append(bad)
+                continue
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip).item())
             optimizer.step()
     # E[-log pi] over all that was sampled: the entropy also of groups that are not scored again.
     entropy = -rollouts.logp_old.sum().item() / sum(lengths)
     count = sums.pop("tokens")
     return {name: value / count if count else None for name, value in sums.items()} | {
-        "entropy": entropy, "grad_norm": sum(norms) / max(1, len(norms))}
+        "entropy": entropy, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(skips)} | (
+        {"not_finite_in": skips[0]} if skips else {})
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -213,23 +220,30 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     rng = random.Random(config.seed)
     parameters = policy.parameters(adapter)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    begun = run.load()
-    if begun:
-        done, tensors, state = begun
-        restore(parameters, optimizer, tensors, state, rng)
-    else:
+    done = restore(run, task, parameters, optimizer, rng)
+    if done is None:
         done = 0
         report(run, task.evaluate("untrained", 0))
-    for step in tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None):
-        metrics, samples = train_step(policy, task, optimizer, adapter, config, step, rng)
-        run.log(metrics)
-        run.samples(samples)
-        tqdm.write(run.line(step, metrics))
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            save(run, step, parameters, optimizer, rng)
+    steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
+    with run.ending_steps():
+        for step in steps:
+            try:
+                metrics, samples = train_step(policy, task, optimizer, adapter, config, step, rng)
+            except torch.OutOfMemoryError:
+                save(run, step - 1, task, parameters, optimizer, rng)
+                raise
+            run.log(metrics)
+            run.samples(samples)
+            tqdm.write(run.line(step, metrics))
+            reason = run.reason_to_stop(metrics)
+            if reason or step % config.checkpoint_every == 0 or step == config.steps:
+                save(run, step, task, parameters, optimizer, rng)
+            if reason:
+                raise reason
     rows = read_rows(run.folder / "metrics.jsonl")
     if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
-        policy.save_adapter(adapter, run.folder / "adapter")
+        with writing(run.folder):
+            policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))
 
 
@@ -239,15 +253,41 @@ def report(run: Run, results: list[dict]) -> None:
         tqdm.write(run.line(result["step"], result))
 
 
-def save(run: Run, step: int, parameters, optimizer, rng) -> None:
-    """What `restore` needs to go on with the same numbers."""
-    tensors = {f"adapter.{i}": parameter for i, parameter in enumerate(parameters)}
-    run.save(step, tensors | optimizer_tensors(optimizer), {"random": random_state(rng=rng)})
+# ------------------------------------------------------------------------------------------------ a toy
+
+class Toy:
+    """A greeting; the reward is 1 for a reply that begins with a capital letter, which the tiny model seldom writes."""
+    state: dict = {}
+
+    def __init__(self, policy: Policy):
+        self.prompt = policy.encode([{"role": "user", "content": "Hello."}])
+
+    def batch(self, step: int) -> list:
+        return [self] * 4
+
+    def rewards(self, episodes, groups):
+        return torch.tensor([[float(one.text.strip()[:1].isupper()) for one in group] for group in groups]), {}, []
+
+    def evaluate(self, when: str, step: int) -> list[dict]:
+        return []
 
 
-def restore(parameters, optimizer, tensors, state, rng) -> None:
-    with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"adapter.{i}"])
-    restore_optimizer(optimizer, tensors)
-    restore_random_state(state["random"], rng=rng)
+def main(argv=None) -> None:
+    """Learns the toy."""
+    Parser(description="GRPO learns a toy on the tiny model, in seconds: to begin with a capital letter.",
+           epilog="For the real thing see train_manager.py and train_answer.py.").parse_args(argv)
+    seed_everything(0)
+    policy = Policy.load(TINY)
+    policy.add_adapter("toy")
+    task, config = Toy(policy), Config(steps=20, max_new_tokens=4)
+    before = policy.sample([task.prompt], 6, config.max_new_tokens)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        train(policy, task, Run(folder, vars(config)), "toy", config)
+    with policy.using("toy"):
+        after = policy.sample([task.prompt], 6, config.max_new_tokens)[0]
+    for name, group in (("untrained", before), ("trained", after)):
+        print(f"{name:9}  {'   '.join(repr(' '.join(one.text.split())) for one in group)}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

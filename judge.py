@@ -19,7 +19,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -29,7 +29,8 @@ from tqdm import tqdm
 from answer import LONGEST_ANSWER, LONGEST_OUTPUT, METRICS
 from data import UsageError
 from manager import chat, one_line
-from policy import Policy
+from policy import Completion, Policy
+from run import append, read_rows, writing
 
 # ------------------------------------------------------------------------------------------------ a hosted model
 
@@ -134,6 +135,43 @@ class Endpoint:
         stop.set()
         raise UsageError(f"no reply from {base} ({trouble}): check {self.names}_URL, {self.names}_MODEL and "
                          f"{self.names}_API_KEY, then start again")
+
+
+class Hosted:
+    """A server's model where `manager` expects a policy. What it generates is not counted."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint, self.name = endpoint, endpoint.model
+
+    def encode(self, messages):
+        return list(json.dumps(messages).encode())  # "token ids" from which `sample` reads the chat again
+
+    def using(self, adapter):
+        return nullcontext(self)
+
+    def sample(self, prompts, n, max_new_tokens, temperature):
+        replies = self.endpoint.complete([json.loads(bytes(prompt)) for prompt in prompts], max_new_tokens)
+        return [[Completion([], [], True, reply)] for reply in replies]
+
+
+class Kept:
+    """An endpoint whose replies are kept in a file as they come: none is paid for twice, whatever stops the work."""
+
+    def __init__(self, endpoint: Endpoint, path: str | Path):
+        self.endpoint, self.model, self.path = endpoint, endpoint.model, Path(path).expanduser()
+        self.replies = {row["key"]: row["reply"] for row in read_rows(self.path)}
+
+    def complete(self, chats: Sequence[list[dict]], max_new_tokens: int = 512) -> list[str]:
+        keys = [hashlib.sha256(json.dumps([self.model, max_new_tokens, one]).encode()).hexdigest() for one in chats]
+        wanted = {key: one for key, one in zip(keys, chats, strict=True) if key not in self.replies}
+        with closing(self.endpoint.stream(list(wanted.values()), max_new_tokens)) as replies:
+            for i, reply in replies:
+                self.replies[list(wanted)[i]] = reply
+                if reply:  # else the server sent something else, and may do better another time
+                    with writing(self.path.parent):
+                        self.path.parent.mkdir(parents=True, exist_ok=True)
+                    append(self.path, [{"key": list(wanted)[i], "reply": reply}])
+        return [self.replies[key] for key in keys]
 
 
 # ------------------------------------------------------------------------------------------------ judge

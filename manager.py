@@ -16,7 +16,12 @@ Departures from the paper, each explained where it is made:
 3. Any output that cannot be carried out in full is NOOP, and counted as invalid.
 """
 import json
+import os
 import re
+import shlex
+import shutil
+import sys
+import textwrap
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,8 +29,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from data import Dialogue, Operation, Turn
-from memory import Memory, MemoryBank
+import data
+from data import TINY, Dialogue, Operation, Turn, UsageError
+from memory import Memory, MemoryBank, make_embedder
 
 SYSTEM = """You are the memory manager of an assistant. You keep a small, correct memory bank about a person. \
 You are given memories that are already stored, each with its number and date, and new facts that the person has just \
@@ -63,6 +69,8 @@ LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
 MOST_OPERATIONS = 32  # in one output
 CLOSE_ENOUGH = 0.6  # similarity from which a quoted text names a memory
 EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
+# What models read as a role or an end: <|im_end|>, </s>, <｜User｜>, [/INST]; "<3" and "[shares a photo: a dog]" stay.
+MARKER = re.compile(r"[<＜﹤](?=[|｜/]?[^\W\d])|\[(?=/?\w*[A-Z]{2}\w*\])")
 
 
 @dataclass(frozen=True)
@@ -88,27 +96,34 @@ class Edit:
 # ------------------------------------------------------------------------------------------------ prompts
 
 def one_line(text: str) -> str:
-    """Text from people and models as one line of valid Unicode, so that it cannot pose as another part of a prompt."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    """
+    Text from people and models as one line of valid Unicode without role markers, so that it cannot pose as another
+    part of a prompt: a tokenizer would take "<|im_end|>" in a memory for the end of the message; "< |im_end|>" is text.
+    """
+    return MARKER.sub(r"\g<0> ", " ".join(text.encode("utf-8", "replace").decode().split()))
+
+
+def dated(time: str) -> str:
+    """' (3 May 2023)', or '' where a transcript has no dates."""
+    return f" ({time})" if time else ""
 
 
 def memory_lines(memories: Sequence, start: int = 1) -> str:
     """Memories numbered from `start`: '1 (3 May 2023) Jon has a dog named Buddy.', or 'none'."""
-    lines = [f"{i} ({memory.time}) {one_line(memory.text)}" if memory.time else f"{i} {one_line(memory.text)}"
-             for i, memory in enumerate(memories, start)]
+    lines = [one_line(f"{i}{dated(memory.time)} {memory.text}") for i, memory in enumerate(memories, start)]
     return "\n".join(lines) or "none"
 
 
 def case_text(speaker: str, time: str, memories: Sequence, facts: Sequence[str]) -> str:
     """The user message that states a case."""
     listed = "\n".join(f"- {one_line(fact)}" for fact in facts)
-    return (f"memories of {speaker}:\n{memory_lines(memories)}\n"
-            f"new facts from {speaker} ({time}):\n{listed}\noperations:")
+    return (f"{one_line(f'memories of {speaker}:')}\n{memory_lines(memories)}\n"
+            f"{one_line(f'new facts from {speaker}{dated(time)}:')}\n{listed}\noperations:")
 
 
 def turn_text(speaker: str, time: str, text: str) -> str:
     """The user message that asks for the facts of a turn."""
-    return f"turn of {speaker} ({time}):\n{one_line(text)}\nfacts:"
+    return f"{one_line(f'turn of {speaker}{dated(time)}:')}\n{one_line(text)}\nfacts:"
 
 
 def chat(system: str, user: str) -> list[dict]:
@@ -198,6 +213,26 @@ def parse(completion: str, case: Case) -> list[Edit] | None:
     return edits or [Edit("NOOP")]
 
 
+def write(edits: Sequence[Edit], case: Case, by_text: bool = False) -> str:
+    """
+    Edits as SYSTEM wants them, the inverse of `parse`:
+    [Edit("DELETE", id of the first memory shown)] -> '[{"event": "DELETE", "id": 1}]'
+    `by_text`: as the tiny model is taught, which quotes the memory it names. Its texts begin with a space: a word is
+    then always the same tokens.
+    """
+    shown, items = case.shown(), []
+    numbers = {memory.id: i for i, memory in enumerate(shown, 1)}
+    for edit in edits:
+        item = {"event": edit.event}
+        if edit.event in ("UPDATE", "DELETE"):
+            number = numbers[edit.id]
+            item |= {"old_memory": f" {shown[number - 1].text}"} if by_text else {"id": number}
+        if edit.event in ("ADD", "UPDATE"):
+            item["text"] = f" {edit.text}" if by_text else edit.text
+        items.append(item)
+    return json.dumps(items, ensure_ascii=False, separators=(",", ":") if by_text else None)
+
+
 def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> list[int]:
     """Carries edits out on a bank (or a fork of it). Returns the ids of the memories written."""
     written = []
@@ -263,6 +298,7 @@ class Built:
     """A bank, and how it came about."""
     bank: MemoryBank
     history: list[tuple[Memory, ...]] = field(default_factory=list)  # the memories before each turn
+    decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # a model's; None: invalid
     ops: Counter = field(default_factory=Counter)  # by event, and "invalid"
     agreed: int = 0  # turns whose edit was the known one, to the letter
     judged: int = 0  # turns whose right edit is known
@@ -328,7 +364,8 @@ def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "mod
             asked = [d for d in live if facts[d][i]]
             cases = [case_of(built[d].bank, dialogues[d].turns[i], facts[d][i], top_k) for d in asked]
             outputs = manage(policy, cases, adapter, max_prompt_tokens, max_new_tokens)
-            for d, (parsed, dropped) in zip(asked, outputs, strict=True):
+            for d, case, (parsed, dropped) in zip(asked, cases, outputs, strict=True):
+                built[d].decisions.append((case, parsed))
                 built[d].ops["invalid"] += parsed is None
                 built[d].dropped += dropped
                 edits[d] = parsed or [Edit("NOOP")]
@@ -364,3 +401,90 @@ def step_bank(built: Built, turn: Turn, edits: list[Edit], keep_history: bool) -
     built.ops.update(edit.event for edit in edits)
     for id in apply(built.bank, edits, turn.speaker, turn.time):
         built.sources.setdefault(id, set()).add(turn.id)
+
+
+# ------------------------------------------------------------------------------------------------ on a terminal
+
+SIGNS = {"ADD": ("+", 32), "UPDATE": ("~", 36), "DELETE": ("-", 31), "NOOP": (".", 0)}  # and ANSI colours
+BOLD = 1
+
+
+def screen(text: str, indent: int = 0, colour: int = 0) -> str:
+    """
+    Text wrapped to the terminal, without what would control it; coloured if a person looks who has not set NO_COLOR.
+    """
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = textwrap.fill(text, max(40, shutil.get_terminal_size().columns), subsequent_indent=" " * indent)
+    is_wanted = colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[{colour}m{text}\033[0m" if is_wanted else text
+
+
+def show(edits: Sequence[Edit] | None, bank: MemoryBank) -> None:
+    """Prints what edits are going to do to a bank. None: an output that cannot be carried out."""
+    if edits is None:
+        print("    ! the output cannot be carried out: nothing changes")
+    for edit in edits or []:
+        sign, colour = SIGNS[edit.event]
+        old = "" if edit.id is None else bank[edit.id].text
+        print(screen(f"    {sign} {edit.event:6}  {old or edit.text}", 14, colour).rstrip())
+        if old and edit.text:
+            print(screen(f"           -> {edit.text}", 14, colour))
+
+
+def show_bank(bank: MemoryBank) -> None:
+    """Prints the memories of each speaker as a prompt shows them."""
+    print(f"the bank: {len(bank)} {'memory' if len(bank) == 1 else 'memories'}")
+    for speaker in dict.fromkeys(memory.speaker for memory in bank):
+        print(screen(f"memories of {speaker}:", colour=BOLD))
+        for line in memory_lines([memory for memory in bank if memory.speaker == speaker]).split("\n"):
+            print(screen(f"  {line}", 4))
+
+
+def read_turn(policy, bank: MemoryBank, turn: Turn, adapter: str | None, settings: dict) -> None:
+    """Lets the Manager read one turn and edit the bank, and prints both. `settings`: of `run.usual`."""
+    facts = facts_of(policy, [turn], settings["extract"], settings["max_new_tokens"])[0]
+    edits: list[Edit] | None = [Edit("NOOP")]
+    if facts:
+        case = case_of(bank, turn, facts, settings["top_k"])
+        (edits, _), = manage(policy, [case], adapter, settings["max_prompt_tokens"], settings["max_new_tokens"])
+    show(edits, bank)
+    apply(bank, edits or [], turn.speaker, turn.time)
+
+
+def main(argv=None) -> None:
+    """Reads a conversation and prints, turn by turn, what the Manager does."""
+    from policy import Policy  # here: nothing above needs a model of its own, and run.py comes after this file
+    from run import Parser, usual
+    parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
+                    epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out talk.json")
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="a transcript, see data/transcript.py (some synthetic talk)")
+    add("--adapter", metavar="DIR", help="a Manager's run or adapter (none: the base model)")
+    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
+    add("--out", metavar="BANK", help="keep the bank in this file, for answer.py")
+    args = parser.parse_args(argv)
+    if args.out and os.path.exists(args.out):
+        raise UsageError(f"--out {args.out}: is there already; choose another name, or delete it")
+    options = {} if args.file else {"count": 1, "seed": 1}
+    dialogue = data.load(args.file or "synthetic", "test", **options)[0]
+    policy, bank, session = Policy.load(args.model), MemoryBank(make_embedder("hash")), 0
+    if args.adapter:
+        policy.load_adapter("manager", args.adapter)
+    for turn in dialogue.turns:
+        if turn.session != session:
+            print("\n" * bool(session), end="")
+            session = turn.session
+            print(screen(f"session {session}: {turn.time or 'no date'}", colour=BOLD))
+        print(screen(f"{turn.speaker}: {turn.text}", 4))
+        read_turn(policy, bank, turn, "manager" if args.adapter else None, usual(args.model))
+        if args.out:
+            bank.save(args.out)
+    print()
+    show_bank(bank)
+    if args.out:
+        print(f"\nto ask it: python answer.py {shlex.quote(args.out)} 'Which ...?'")
+
+
+if __name__ == "__main__":
+    from run import exit_cleanly
+    exit_cleanly(main, less="the size of --model", go_on="the same command begins anew")

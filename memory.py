@@ -79,9 +79,10 @@ class Encoder:
     def __init__(self, name, device="cpu"):
         from transformers import AutoModel, AutoTokenizer  # here: `hash` does without them and starts at once
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-            self.model = AutoModel.from_pretrained(name).float().to(device).eval().requires_grad_(False)
+            self.model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+            self.model = self.model.float().to(device).eval().requires_grad_(False)
             positions = getattr(self.model.config, "max_position_embeddings", 256)
             self.max_tokens = min(256, positions, self.tokenizer.model_max_length)
             self.dim = self.encode(["a word"]).shape[1]
@@ -396,3 +397,24 @@ class MemoryBank:
                 self._found.clear()
             self._found[key] = sorted(found, key=lambda hit: (-hit[0], hit[1]))[:max(k, 0)]
         return self._found[key]
+
+
+def main() -> None:
+    """Shows a bank, a search and a fork."""
+    bank = MemoryBank(make_embedder("hash"))
+    buddy = bank.add("Jon has a dog, Buddy.", "Jon", "8 May 2023")
+    bank.add("Jon works as a baker.", "Jon", "8 May 2023")
+    bank.add("Gina drives a Kia.", "Gina", "3 June 2023")
+    print("the bank:", *bank, sep="\n  ")
+    print('\nsearch for "What is the name of Jon\'s dog?", similarity first:')
+    for memory, score in bank.search_scored("What is the name of Jon's dog?", k=3):
+        print(f"  {score:.2f}  {memory.text}")
+    fork = bank.fork()
+    fork.update(buddy, "Jon has two dogs, Buddy and Scout.", "3 June 2023")
+    print(f"\nan update on a fork: {fork[buddy].text}\nthe bank is as it was: {bank[buddy].text}")
+    fork.commit()
+    print(f"after the commit:      {bank[buddy].text}")
+
+
+if __name__ == "__main__":
+    main()

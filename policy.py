@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UsageError
+from data import TINY, UsageError
 
 # Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
 # silently wrong with a sliding window, linear attention, or positions read off the mask (ALiBi).
@@ -210,7 +210,13 @@ class Policy:
             raise UsageError(f"model {name}: no weights for {min(found['missing_keys'])}; save it again")
         if not tokenizer.chat_template:
             raise UsageError(f"model {name}: its tokenizer has no chat template; choose an instruct model")
-        return cls(model, tokenizer, name, gradient_checkpointing, **options)
+        policy = cls(model, tokenizer, name, gradient_checkpointing, **options)
+        try:
+            policy.encode([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}])
+        except Exception as error:  # whatever a template raises; some refuse system messages
+            raise UsageError(f"model {name}: its chat template fails ({error}); choose a model whose template "
+                             "takes a system message") from None
+        return policy
 
     def _can_pack(self):
         """Whether a 4-D mask says all there is to say about the attention. If not, says so once."""
@@ -261,6 +267,10 @@ class Policy:
         """The trainable tensors of one adapter, always in the same order."""
         return [x for layer in self.layers.values() for x in layer.adapters.get(name, ())[:2]]
 
+    def names(self, name: str) -> list[str]:
+        """What `parameters` are called: "model.layers.0.self_attn.q_proj.lora_A" and so on."""
+        return [f"{path}.lora_{part}" for path, layer in self.layers.items() if name in layer.adapters for part in "AB"]
+
     def save_adapter(self, name: str, folder):
         """Writes PEFT's format. Each file is replaced whole, so that no kill leaves half a file."""
         folder, layers = Path(folder), {path: x for path, x in self.layers.items() if name in x.adapters}
@@ -301,6 +311,10 @@ class Policy:
         """Chat messages as token ids, up to where the assistant's reply begins."""
         return self.tokenizer.apply_chat_template(  # enable_thinking is read by Qwen3's template only
             messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+
+    def encode_reply(self, text: str) -> list[int]:
+        """An assistant's reply as token ids, with its EOS: as `sample` would give them."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -351,7 +365,9 @@ class Policy:
                 alive, token, visible, positions = alive[keep], token[keep], visible[keep], positions[keep]
                 cache.reorder_cache(keep)
             ids, positions = token[:, None], positions[:, -1:] + 1
-        assert not logps.isnan().any(), "NaN in the logits while sampling: weights or adapter have diverged"
+        if logps.isnan().any():
+            raise UsageError("the model gives nan for the next token: its weights have diverged, or do not fit its "
+                             "--dtype; lower --lr and start anew, or give --dtype float32")
         finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), self.eos)
         rows = zip(*(x.tolist() for x in (tokens, logps, lengths, finished)), strict=True)
         return [Completion(ids[:n], logp[:n], end, self.decode(ids[:n - end])) for ids, logp, n, end in rows]
@@ -399,3 +415,31 @@ def read_adapter(folder):
     if odd:
         raise UsageError(f"adapter {folder}: {odd[0]} is not supported; train plain LoRA without bias")
     return config, weights, scale
+
+
+def main() -> None:
+    """Shows what the tiny model writes, how likely it finds that, and what LoRA changes: nothing while it is off."""
+    torch.manual_seed(0)
+    policy = Policy.load(TINY)
+    text = "memories of Jon:\n1 (8 May 2023) Jon has a dog named Buddy.\n2 (3 June 2023) Jon drives a Kia car.\n" \
+           "question: Which car does Jon drive?\nrelevant memories, then the answer:"
+    prompt = policy.encode([{"role": "user", "content": text}])
+    print(f"{text}\n\n{sum(x.numel() for x in policy.model.parameters()):,} weights on {policy.device}; a prompt of "
+          f"{len(prompt)} tokens; four completions at temperature 2,\neach with its log pi at temperature 1:")
+    group, = policy.sample([prompt], n=4, max_new_tokens=16, temperature=2.0)
+    completions = [[completion.ids for completion in group]]
+    base = policy.score([prompt], completions).logp.sum(1)
+    for completion, logp in zip(group, base, strict=True):
+        print(f"  {logp:7.2f}  {completion.text!r}")
+    policy.add_adapter("mine", rank=4, alpha=8)
+    for parameter in policy.parameters("mine"):
+        torch.nn.init.normal_(parameter, std=0.1)  # as if it had been trained
+    for role in ("mine", None):
+        with policy.using(role), torch.no_grad():
+            logp = policy.score([prompt], completions).logp.sum(1)
+        print(f"{'LoRA off' if role is None else 'LoRA on'}: log pi moves by up to {(logp - base).abs().max():.2f}")
+
+
+if __name__ == "__main__":
+    from run import exit_cleanly  # here: run.py comes after this file
+    exit_cleanly(main)

@@ -19,7 +19,7 @@ import numpy as np
 
 import answer
 import data
-from data import UsageError, longmemeval, msc
+from data import UsageError, longmemeval, msc, transcript
 from manager import EVENTS
 from run import note
 
@@ -29,7 +29,8 @@ NAMES = {  # the benchmark's name of a category and the paper's, in the paper's 
     2: ("temporal", "Temporal"), 5: ("adversarial", ""),
     **{number: (name, paper) for (number, name), paper in zip(
         longmemeval.CATEGORIES.items(), ("SSU", "SSP", "OD", "MS", "KU", "TR"), strict=True)},
-    **{number: (name, "MSC") for number, name in msc.CATEGORIES.items()}}
+    **{number: (name, "MSC") for number, name in msc.CATEGORIES.items()},
+    **{number: (name, "") for number, name in transcript.CATEGORIES.items()}}
 PAPER = Path(data.__file__).parent / "paper.txt"  # its tables 1 and 3, columns as in `category_table`
 LEGEND = """\
 EM: answers right to the word; F1, BLEU-1: words shared with the right answer (Mem0's definitions; F1 LoCoMo: that

@@ -10,9 +10,11 @@ Knows of no algorithm: a training loop hands it numbers, rows and tensors.
     plot(run.folder)                           # curve.png
 
 A kill at any moment costs what came after the last `save`: on resume the lines of later steps are dropped,
-so a run that was killed and resumed leaves the same numbers as one that was not.
+so a run that was killed and resumed leaves the same numbers as one that was not. Ctrl-C costs nothing: the step
+ends, and a checkpoint is written.
 """
 import argparse
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -22,7 +24,9 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +39,16 @@ from tqdm import tqdm
 
 from data import TINY, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
+
+PATIENCE = 5  # steps in a row that may skip an update for a number that is not finite
+LASTING = ("agent", "algo", "model", "rank", "alpha")  # settings that no run changes half way
 COLUMNS = {  # of a line on the terminal
-    "eval": "{:9}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}", "kl": "kl {:.3f}",
-    "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
+    "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
+    "kl": "kl {:.3f}", "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
     "explained_variance": "explained {:5.2f}", "completion_tokens": "tokens {:3.0f}",
     "invalid_rate": "invalid {:.2f}", "n": "n {:4.0f}", "em": "em {:.2f}", "f1": "f1 {:.2f}",
     "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
@@ -49,30 +60,60 @@ EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
 
 
-# What a flag is worth if it is not given: on synthetic talk, on real benchmarks; with the tiny model, with others; for
-# GRPO, for PPO.
+# What a flag is worth if it is not given: on synthetic talk, on real benchmarks; with the tiny model, with others; by
+# algorithm. The learning rate is the algorithm's, for the tiny model and for others.
 BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
-            "micro_batch_tokens": (4096, 16384), "lr": (None, 2e-5)}
-BY_ALGORITHM = {"group_size": (8, 4), "minibatch": (0, 6), "lr": (3e-3, 1e-3)}
+            "micro_batch_tokens": (4096, 16384)}
+ALGORITHMS = ("grpo", "ppo", "sft")
+BY_ALGORITHM = {"group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
+LR = {"grpo": (3e-3, 2e-5), "ppo": (1e-3, 2e-5), "sft": (3e-3, 1e-4)}
+
+
+class Help(argparse.HelpFormatter):
+    """Help for a terminal: numbers are N or X, whatever their flags are called; examples stay as they are."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+    def _fill_text(self, text, width, indent):
+        return text if "\n  " in text else super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a script. A mistake costs one line, which names the flag or choice that was probably meant."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+    def error(self, message):
+        known = [*self._option_string_actions, *(word for one in self._actions for word in one.choices or ())]
+        wrong = re.findall(r"--[\w-]+", message.partition("arguments: ")[2]) or re.findall(r"choice: '(.*?)'", message)
+        near = [word for one in wrong for word in difflib.get_close_matches(one, known, n=1)]
+        hint = f"did you mean {' and '.join(near)}? " if near else ""
+        self.exit(2, f"{self.prog}: error: {message}; {hint}python {self.prog} --help lists all\n")
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     """The flags that both training scripts have. None as a default: `fill_defaults` knows."""
     parser.set_defaults(agent=agent)
     add = parser.add_argument_group("the run").add_argument
-    add("--algo", choices=("grpo", "ppo"), default="grpo", help="the algorithm (grpo)")
+    add("--algo", choices=ALGORITHMS, default="grpo", help="the algorithm; sft for the Manager alone (grpo)")
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, or a file of one "
-        "(synthetic)")
+    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file of one, or a "
+        "transcript of your own: see data/transcript.py (synthetic)")
     add("--out", metavar="DIR", help="the run's folder (runs/AGENT-ALGO)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
-    add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (32; real data 1)")
+    add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (Manager 32, Answer "
+        "Agent 8; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
     add("--steps", type=int, default=90, help="batches of rollouts (90)")
     add("--batch-size", type=int, default=24, help="prompts a step (24)")
@@ -83,7 +124,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         "environment), base (this run's own model), or a model's hub id or folder (endpoint)")
     add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
     add("--minibatch", type=int, help="prompts per optimizer step, 0 for all (grpo 0, ppo 6)")
-    add("--lr", type=float, help="peak learning rate (tiny model: grpo 3e-3, ppo 1e-3; others 2e-5)")
+    add("--lr", type=float,
+        help="peak learning rate (tiny model: grpo and sft 3e-3, ppo 1e-3; others: grpo and ppo 2e-5, sft 1e-4)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
@@ -103,13 +145,16 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--alpha", type=float, default=32.0, help="of LoRA; updates are scaled by alpha / rank (32)")
     add("--max-prompt-tokens", type=int,
         help="longer prompts lose their least similar memories (1024; other models 4096)")
-    add("--max-new-tokens", type=int, help="of a trained agent's output (80; other models 512)")
+    add("--max-new-tokens", type=int, help="of a trained agent's output (Manager 80, Answer Agent 200; other "
+        "models 512, 256)")
     add("--micro-batch-tokens", type=int, help="of one forward and backward pass (4096; other models 16384)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
     add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
-    add("--memories", type=int, help="memories an answer may draw on, half for each speaker (4; real data 60)")
+    add("--memories", type=int, help="memories an answer may draw on, half for each speaker (Manager's "
+        "reward 4, Answer Agent 20; real data 60)")
     add("--named-only", action=argparse.BooleanOptionalAction, default=None,
-        help="search only the memories of the speaker a question names (synthetic: yes, real data: no)")
+        help="search only the memories of the speaker a question names (Manager's reward on synthetic "
+             "talk: yes, else no)")
     add("--floor", type=float, help="show no memory less similar to the question than this, 0 to 1 (none)")
     add("--extract", action=argparse.BooleanOptionalAction, default=None,
         help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
@@ -119,51 +164,78 @@ def fill_defaults(args: argparse.Namespace, by_data=(), by_model=(), by_algorith
     """Fills what depends on other flags, first from an agent's own tables; refuses numbers that make no sense."""
     is_other = Path(args.model).resolve() != TINY.resolve()
     for defaults, column in ((BY_DATA | dict(by_data), args.data != "synthetic"),
-                             (BY_MODEL | dict(by_model), is_other),
-                             (BY_ALGORITHM | dict(by_algorithm), args.algo == "ppo")):
+                             (BY_MODEL | {"lr": LR[args.algo]} | dict(by_model), is_other),
+                             (BY_ALGORITHM | dict(by_algorithm), ALGORITHMS.index(args.algo))):
         for name, values in defaults.items():
             if getattr(args, name, 0) is None:
                 setattr(args, name, values[column])
     args.critic_lr = 2 * args.lr if args.critic_lr is None else args.critic_lr
     args.out = args.out or f"runs/{args.agent}-{args.algo}"
-    siblings = {"grpo": 2, "ppo": 1}[args.algo]  # GRPO compares a sample with its siblings, PPO has a critic
+    siblings = 2 if args.algo == "grpo" else 1  # GRPO alone compares a sample with its siblings
     least = {"steps": 1, "batch_size": 1, "group_size": siblings, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
              "beta": 0, "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
              "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0,
-             "window": 0, "refresh": 1, "grow": 0, "max_operation_tokens": 1}
-    for name, least_value in least.items():
-        if getattr(args, name, least_value) < least_value:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least_value}")
+             "window": 0, "refresh": 1, "grow": 0, "max_operation_tokens": 1, "critic_lr": 0, "value_clip": 0,
+             "gamma": 0, "lam": 0, "floor": 0}
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+        if value is not None and value < least.get(name, value):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least[name]}")
+        if name in ("gamma", "lam", "floor") and value is not None and value > 1:
+            raise UsageError(f"--{name} {value}: must be at most 1")
     if args.temperature <= 0:
         raise UsageError(f"--temperature {args.temperature}: must be above 0, or all samples of a group are the same")
     return args
 
 
+def usual(model: str) -> dict:
+    """The settings that suit a model in conversation: those of synthetic talk for the tiny one, of real data else."""
+    is_other = Path(model).resolve() != TINY.resolve()
+    return {name: values[is_other] for name, values in (BY_DATA | BY_MODEL).items()}
+
+
 def train(algorithm, policy, task, args: argparse.Namespace) -> None:
     """A whole run in its folder, by `algorithm`: a module with a `Config` and a `train`."""
-    run = Run(args.out, vars(args), args.resume, args.overwrite)
-    config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
-    algorithm.train(policy, task, run, args.agent, config)
-    plot(run.folder)
+    with locked(Path(args.out)):
+        run = Run(args.out, vars(args), args.resume, args.overwrite)
+        print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
+        config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
+        algorithm.train(policy, task, run, args.agent, config)
+        plot(run.folder)
     print(f"adapter, metrics and samples are in {run.folder}")
 
 
-def exit_cleanly(main) -> None:
-    """Runs a script's `main`: what the user can mend is one line and exit code 2, Ctrl-C is exit code 130."""
+def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
+                 "--gradient-checkpointing", go_on="") -> None:
+    """
+    Runs a script's `main`: what the user can mend is one line and exit code 2, Ctrl-C is exit code 130. `less`: what to
+    lower if the GPU's memory does not suffice; `go_on`: how to go on, if not by --resume.
+    """
+    again = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    go_on, name = go_on or f"to go on: {shlex.join(['python', *again, '--resume'])}", Path(sys.argv[0]).name
     try:
         main()
     except UsageError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: error: {str(error).split('. GPU')[0]}: lower {less}; {go_on}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # who read the output, `head` for one, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last checkpoint", file=sys.stderr)
+        print(f"\nstopped; {go_on}", file=sys.stderr)
         sys.exit(130)
 
 
 def seed_everything(seed: int):
     """Seeds every generator that a library may draw from unasked; nothing else in the project does."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)  # CUDA's too
 
 
@@ -210,6 +282,16 @@ def optimizer_tensors(optimizer, prefix: str = "optimizer") -> dict[str, torch.T
             for i, moments in optimizer.state_dict()["state"].items() for key, value in moments.items()}
 
 
+def restore_parameters(parameters, tensors: dict[str, torch.Tensor]):
+    """Copies the tensors {"adapter.0": ..., "adapter.1": ...} into the parameters."""
+    for i, parameter in enumerate(parameters):
+        found = tensors.get(f"adapter.{i}")
+        if found is None or found.shape != parameter.shape:
+            raise UsageError(f"the checkpoint's adapter.{i} is not of shape {tuple(parameter.shape)}: "
+                             "resume with the model and the rank of the run's config.json")
+        parameter.data.copy_(found)
+
+
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"):
     """The inverse of `optimizer_tensors`. The learning rate and the like stay those of `optimizer`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -226,14 +308,64 @@ def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], prefix: str =
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def first_not_finite(named: dict[str, torch.Tensor | None]) -> str:
+    """The name of the first tensor with a nan or an infinity in it; "" if there is none."""
+    return next((name for name, tensor in named.items() if tensor is not None and not tensor.isfinite().all()), "")
+
+
 @contextmanager
 def writing(folder):
     """Full disks and missing rights, said in one line."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"the run's folder {folder} cannot be written ({error.strerror or error}): "
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"the run's folder {folder} cannot be written ({reason}): "
                          "mend that or choose another --out; what is written already stays") from None
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keeps other processes from training in the folder. However this one ends, the lock ends with it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(f"{folder} is in use by {file.read() or 'another process'}: "
+                             "stop that first, or choose another --out") from None
+        except OSError as error:  # some file systems have no locks
+            note(f"{folder} cannot be locked ({error.strerror}): start no second run there")
+        with writing(folder):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuses an --out that is in use or would be overwritten, before the minutes that it takes to load and build."""
+    if args.resume and args.overwrite:
+        raise UsageError("--resume continues the run in --out and --overwrite replaces it: give one of them")
+    if Path(args.out, "lock").exists():
+        with locked(Path(args.out)):
+            pass
+    if not args.resume and not args.overwrite:
+        refuse_run_in(Path(args.out))
+
+
+def refuse_run_in(folder: Path) -> None:
+    if holds_run(folder):
+        raise UsageError(f"{folder} already holds a run: choose another --out, "
+                         "continue it with --resume, or replace it with --overwrite")
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint", "adapter"))
 
 
 def write(path, content):
@@ -308,15 +440,19 @@ def note(text):
 
 
 def tell_changes(path, settings):
-    """Says in what a resumed run differs from the one begun, for then its numbers do too."""
+    """Says in what a resumed run differs from the one begun, for then its numbers do too; refuses what cannot be."""
     try:
         old = json.loads(path.read_bytes())
-        changes = [f"{key} {old[key]} -> {value}" for key, value in settings.items()
-                   if key != "resume" and key in old and old[key] != value]
+        changes = {key: f"{key} {old[key]} -> {value}" for key, value in settings.items()
+                   if key not in ("resume", "overwrite") and key in old and old[key] != value}
     except (OSError, ValueError, TypeError):
         return  # a first start, or a file that tells nothing
+    for key in LASTING:  # a model's folder may have moved
+        if key in changes and Path(str(old[key])).name != Path(str(settings[key])).name:
+            raise UsageError(f"{path.parent} was begun with {key} {old[key]}, not {settings[key]}: resume it with "
+                             "that, or choose another --out")
     if changes:
-        note(f"{path.parent} is resumed with other settings: {', '.join(changes)}")
+        note(f"{path.parent} is resumed with other settings: {', '.join(changes.values())}")
 
 
 class Run:
@@ -325,6 +461,7 @@ class Run:
     def __init__(self, folder: str | Path, config: dict, resume: bool = False, overwrite: bool = False):
         self.folder, self.config = Path(folder), dict(config)
         self.whole = None  # the newest checkpoint known to be whole; it stays until there is a newer one
+        self.is_interrupted, self.skips = False, []  # Ctrl-C was pressed; the tensors for which updates were skipped
         libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
         settings = {**self.config, "versions": {"python": platform.python_version(), **libraries}}
         settings = json.loads(json.dumps(settings, default=str))
@@ -332,13 +469,12 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 self.clear()
-            if any((self.folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint")):
-                if not resume:
-                    raise UsageError(f"{self.folder} already holds a run: choose another --out, "
-                                     "continue it with --resume, or replace it with --overwrite")
-                self.rewind()
+            if not resume:
+                refuse_run_in(self.folder)
+            elif holds_run(self.folder):
                 tell_changes(self.folder / "config.json", settings)
-            elif resume:
+                self.rewind()
+            else:
                 note(f"{self.folder} holds no run to resume: starting one")
             write(self.folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
@@ -352,6 +488,8 @@ class Run:
     def rewind(self):
         """Takes the logs back to the newest checkpoint, or to their beginning where there is none."""
         found = self.load()
+        if found and found[0] > self.config.get("steps", found[0]):
+            raise UsageError(f"{self.folder} has {found[0]} steps already: resume it with --steps {found[0]} or more")
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut(self.folder / name, last_step=found[0] if found else -1)
 
@@ -362,6 +500,29 @@ class Run:
     def samples(self, rows: list[dict]):
         """Appends rollouts as a person would read them. Each has its `step`, by which resuming drops it."""
         append(self.folder / "samples.jsonl", rows)
+
+    @contextmanager
+    def ending_steps(self):
+        """Ctrl-C lets the step end: `reason_to_stop` knows of it. A second one stops at once."""
+        def wait(*_):
+            self.is_interrupted = True
+            signal.signal(signal.SIGINT, before)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may be at work already
+
+        before = signal.signal(signal.SIGINT, wait)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def reason_to_stop(self, metrics: dict) -> BaseException | None:
+        """What to raise after this step and its checkpoint, if anything."""
+        self.skips = [*self.skips, metrics["not_finite_in"]] if metrics.get("skipped") else []
+        if self.is_interrupted:
+            return KeyboardInterrupt()
+        if len(self.skips) == PATIENCE:
+            return UsageError(f"{PATIENCE} steps in a row skipped an update, as numbers were not finite, first in "
+                              f"{self.skips[0]}: lower --lr or give --dtype float32, and continue with --resume")
 
     def line(self, step: int, metrics: dict) -> str:
         """One step on the terminal: `step  12/60  reward  0.71  zero-std 0.12  kl 0.013  ...    1.4 s`"""
@@ -424,8 +585,27 @@ class Run:
         return sorted(folders, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
 
+def save(run: Run, step: int, task, parameters, optimizer, rng) -> None:
+    """A checkpoint of all that training goes on from; `restore` is the inverse."""
+    tensors = {f"adapter.{i}": parameter for i, parameter in enumerate(parameters)}
+    run.save(step, tensors | optimizer_tensors(optimizer), {"random": random_state(rng=rng), "task": task.state})
+
+
+def restore(run: Run, task, parameters, optimizer, rng) -> int | None:
+    """Brings everything to where the newest checkpoint was written, and returns its step; None without one."""
+    begun = run.load()
+    if begun is None:
+        return None
+    step, tensors, state = begun
+    restore_parameters(parameters, tensors)
+    restore_optimizer(optimizer, tensors)
+    restore_random_state(state["random"], rng=rng)
+    task.state = state.get("task", {})  # the first checkpoints had none
+    return step
+
+
 def plot(folder: str | Path) -> Path | None:
-    """Draws metrics.jsonl into curve.png: reward, KL, and the Manager's operations and bank."""
+    """Draws metrics.jsonl into curve.png: reward or loss, KL, and the Manager's operations and bank."""
     try:
         from matplotlib.figure import Figure  # an extra, and slow to load
     except ImportError:
@@ -434,8 +614,8 @@ def plot(folder: str | Path) -> Path | None:
     rows = read_rows(Path(folder) / "metrics.jsonl")
     held_out = [row for row in rows if row.get("eval") in ("untrained", "trained")]
     rows = [row for row in rows if "eval" not in row]
-    labels = {"reward": "reward", "kl": "KL to reference\n(nats per token)", "ops": "operations\n(share)",
-              "bank_size": "bank size\n(memories)"}
+    labels = {"reward": "reward", "loss": "loss\n(nats per token)", "kl": "KL to reference\n(nats per token)",
+              "ops": "operations\n(share)", "bank_size": "bank size\n(memories)"}
     panels = [key for key in labels if any(row.get(key) is not None for row in rows)]
     if not panels:
         return None
@@ -452,7 +632,8 @@ def plot(folder: str | Path) -> Path | None:
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.align_ylabels(axes)
-    figure.savefig(Path(folder) / "curve.png", dpi=150)
+    with writing(folder):
+        figure.savefig(Path(folder) / "curve.png", dpi=150)
     return Path(folder) / "curve.png"
 
 

@@ -25,7 +25,7 @@ from data import Dialogue, Question, UsageError
 from judge import make_scorer
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from run import add_shared_flags, exit_cleanly, fill_defaults, seed_everything, train
+from run import Parser, add_shared_flags, check_out, exit_cleanly, fill_defaults, seed_everything, train
 
 NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
 NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each
@@ -65,6 +65,7 @@ def selection(episodes, answers) -> dict[str, float]:
 
 class AnswerTask:
     """The Answer Agent's episodes, rewards and held-out evaluation (see `grpo.Task`)."""
+    state: dict = {}  # a batch depends on seed and step alone
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args = policy, args
@@ -149,9 +150,8 @@ class AnswerTask:
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="example: python train_answer.py --manager-adapter runs/manager-grpo")
+    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
+                    epilog="example: python train_answer.py --manager-adapter runs/manager-grpo")
     add_shared_flags(parser, "answer")
     own = parser.add_argument_group("the Answer Agent's task")
     own.add_argument("--manager-adapter", metavar="DIR",
@@ -163,13 +163,17 @@ def arguments(argv=None) -> argparse.Namespace:
     own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
     own.add_argument("--max-operation-tokens", type=int,
                      help="of the frozen Manager's output (80; other models 512)")
-    return fill_defaults(parser.parse_args(argv), by_data={"memories": (20, 60), "named_only": (False, False),
+    args = parser.parse_args(argv)
+    if args.algo == "sft":
+        raise UsageError("--algo sft clones a Manager, as the paper does: give it to train_manager.py")
+    return fill_defaults(args, by_data={"memories": (20, 60), "named_only": (False, False),
                                                            "eval": (8, 1)},
                          by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512)})
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
+    check_out(args)
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.manager_adapter:

@@ -5,6 +5,7 @@ turn is linked to answered rightly once the bank has been edited?
     python train_manager.py --algo grpo                       # tiny model, synthetic talk, two CPU cores, minutes
     python train_manager.py --algo grpo --seed 1 --out runs/seed-1
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
+    python train_manager.py --algo sft                        # the baseline Memory-SFT: clones the known operations
 
 An episode is one turn: the bank as it was before the turn, the facts of the turn, the questions linked to it. Each of
 G sampled outputs is carried out on a fork of the bank, a frozen answerer reads the fork, and the mean score of its
@@ -15,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,11 +25,14 @@ import data
 import grpo
 import manager
 import ppo
-from data import Dialogue, Question, Turn, UsageError
-from judge import make_scorer
+import sft
+from data import TINY, Dialogue, Question, Turn, UsageError
+from judge import Endpoint, Hosted, Kept, make_scorer
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from run import add_shared_flags, exit_cleanly, fill_defaults, seed_everything, train
+from run import Parser, add_shared_flags, check_out, exit_cleanly, fill_defaults, seed_everything, train
+
+REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # of a hosted teacher
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,22 @@ def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
 
 
 class ManagerTask:
-    """The Manager's episodes, rewards and held-out evaluation (see `grpo.Task`)."""
+    """The Manager's episodes, rewards and held-out evaluation (see `grpo.Task`); demonstrations (see `sft.Task`)."""
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.answer_adapter = "answer" if args.answer_adapter else None
         self.score = make_scorer(args.reward, args.judge, policy)
+        self.teacher = None
+        if args.algo == "sft" and args.teacher == "endpoint":
+            self.teacher = Hosted(Kept(Endpoint.from_environment("MANAGER"), REPLIES))
         self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = self.load_held_out("seen")
         self.facts: manager.Facts = {}
         self.pool: list[Episode] = []
-        if self.fixed is not None and not any(linked_questions(dialogue) for dialogue in self.fixed):
+        self.state: dict = {}  # what the pool's banks hold: a Manager that has learned since would build others
+        if args.algo != "sft" and self.fixed is not None and not any(map(linked_questions, self.fixed)):
             raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
 
     def load_held_out(self, phrasing: str) -> list[Dialogue]:
@@ -99,14 +108,16 @@ class ManagerTask:
         while len(chosen) < wanted:  # a small data set is gone through again
             chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
         manager.read_facts(self.policy, dialogues, self.args.extract, self.facts, self.args.max_new_tokens)
-        banks = self.banks_before(chosen)
-        return [self.episode(dialogue, i, bank, linked[dialogue.id][dialogue.turns[i].id])
-                for (dialogue, i), bank in zip(chosen, banks, strict=True)]
+        pool = [first, *([dialogue.id, i] for dialogue, i in chosen)]
+        if self.state.get("pool") != pool:  # else the run is resumed between two refreshes
+            self.state = {"pool": pool, "memories": self.memories_before(chosen)}
+        return [self.episode(dialogue, i, memories, linked[dialogue.id][dialogue.turns[i].id])
+                for (dialogue, i), memories in zip(chosen, self.state["memories"], strict=True)]
 
-    def banks_before(self, places: list[tuple[Dialogue, int]]) -> list[MemoryBank]:
+    def memories_before(self, places: list[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
         """
-        The bank before turn i of each dialogue, built from the `--window` turns before it (Alg. 1's temporal memory
-        bank): by the Manager as it is (`--bank self`), the base model, or the known operations (`oracle`).
+        What the bank holds before turn i of each dialogue, built from the `--window` turns before it (Alg. 1's temporal
+        memory bank): by the Manager as it is (`--bank self`), the base model, or the known operations (`oracle`).
         """
         needed: dict[tuple[str, int], Dialogue] = {}  # (dialogue, first turn) -> the turns to read
         for dialogue, i in places:
@@ -117,26 +128,59 @@ class ManagerTask:
         built = self.build(list(needed.values()), {"self": "manager", "base": None, "oracle": None}[self.args.bank],
                            "known" if self.args.bank == "oracle" else "model", keep_history=True)
         histories = {key: [*one.history, tuple(one.bank)] for key, one in zip(needed, built, strict=True)}
-        banks = []
+        found = []
         for dialogue, i in places:
             begin = max(0, i - self.args.window)
-            bank = MemoryBank(self.embedder)
-            for memory in histories[dialogue.id, begin][i - begin]:
-                bank.add(memory.text, memory.speaker, memory.time)
-            banks.append(bank)
-        return banks
+            found.append([(one.text, one.speaker, one.time) for one in histories[dialogue.id, begin][i - begin]])
+        return found
 
     def build(self, dialogues: Sequence[Dialogue], adapter: str | None, how: str = "model", **options):
         args = self.args
         return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
                                    args.max_prompt_tokens, args.max_new_tokens, known=self.facts, **options)
 
-    def episode(self, dialogue: Dialogue, i: int, bank: MemoryBank, questions: tuple[Question, ...]) -> Episode:
-        turn = dialogue.turns[i]
+    def episode(self, dialogue: Dialogue, i: int, memories, questions: tuple[Question, ...]) -> Episode:
+        turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
+        for memory in memories:
+            bank.add(*memory)
         facts = self.facts[dialogue.id, turn.id] or (turn.text,)  # a linked turn matters, whatever the extractor thinks
         case = manager.case_of(bank, turn, facts, self.args.top_k)
         ids, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
         return Episode(ids, case, bank, turn, questions, dialogue.speakers)
+
+    # -------------------------------------------------------------------------------------------- demonstrations
+
+    def demonstrations(self):
+        """The teacher's decisions as prompts and completions; what cannot be carried out as shown is left out."""
+        args, prompts, completions, ops = self.args, [], [], Counter()
+        decisions = self.hosted_decisions() if self.teacher else self.known_decisions()
+        for case, edits in decisions:
+            ids, case, _ = manager.fit_case(self.policy, case, args.max_prompt_tokens)
+            shown = {None, *(memory.id for memory in case.memories)}
+            if edits and all(edit.id in shown for edit in edits):
+                text = manager.write(edits, case, by_text=Path(args.model).resolve() == TINY.resolve())
+                prompts.append(ids)
+                completions.append(self.policy.encode_reply(text))
+                ops.update(edit.event for edit in edits)
+        if not prompts:
+            raise UsageError(f"nothing to clone: none of the teacher's {len(decisions)} outputs can be carried out")
+        return prompts, completions, {"invalid_rate": 1 - len(prompts) / len(decisions), "ops": dict(ops)}
+
+    def known_decisions(self) -> list[tuple[manager.Case, list[manager.Edit]]]:
+        """The known operations of the very episodes that reinforcement would see."""
+        firsts = range(1, self.args.steps + 1, self.args.refresh)
+        return [(episode.case, manager.known_edits(episode.bank, episode.turn))
+                for first in firsts for episode in self.prepare(first)]
+
+    def hosted_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
+        """What a hosted Manager does with every turn, on the banks that it makes itself."""
+        args = self.args
+        dialogues = self.fixed or data.load("synthetic", "train", seed=args.seed,
+                                            count=-(-args.steps * args.batch_size // 20))  # of twenty turns each
+        manager.read_facts(self.policy, dialogues, args.extract, self.facts, args.max_new_tokens)
+        built = manager.build_banks(self.teacher, dialogues, self.embedder, "model", None, args.top_k, known=self.facts,
+                                    max_new_tokens=args.max_new_tokens, progress=f"teacher: {self.teacher.name}")
+        return [decision for one in built for decision in one.decisions]
 
     # -------------------------------------------------------------------------------------------- rewards
 
@@ -213,9 +257,8 @@ class ManagerTask:
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="example: python train_manager.py --algo grpo --steps 40 --out runs/mine")
+    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
+                    epilog="example: python train_manager.py --algo grpo --steps 40 --out runs/mine")
     add_shared_flags(parser, "manager")
     own = parser.add_argument_group("the Manager's task")
     own.add_argument("--window", type=int, default=50, help="turns the bank before a turn is built from (50)")
@@ -229,7 +272,12 @@ def arguments(argv=None) -> argparse.Namespace:
                      help="reward: mean score over the linked questions, or 1 only if all are right (synthetic: all, "
                           "real data: mean)")
     own.add_argument("--refresh", type=int, default=5, help="steps until banks are built anew (5)")
+    own.add_argument("--teacher", choices=("known", "endpoint"), default="known",
+                     help="sft: whom to clone: the known operations, or a hosted model as Manager (MANAGER_URL, "
+                          "MANAGER_MODEL, MANAGER_API_KEY in the environment; its replies are kept) (known)")
     args = fill_defaults(parser.parse_args(argv))
+    if args.algo == "sft" and args.teacher == "known" and args.data != "synthetic":
+        raise UsageError(f"--algo sft: --data {args.data} has no known operations to clone; add --teacher endpoint")
     if args.bank == "oracle" and args.data != "synthetic":
         parser.error("--bank oracle needs known operations, which only --data synthetic has")
     return args
@@ -237,12 +285,13 @@ def arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = arguments(argv)
+    check_out(args)
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
-    train({"grpo": grpo, "ppo": ppo}[args.algo], policy, ManagerTask(policy, args), args)
+    train({"grpo": grpo, "ppo": ppo, "sft": sft}[args.algo], policy, ManagerTask(policy, args), args)
 
 
 if __name__ == "__main__":

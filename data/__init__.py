@@ -1,8 +1,9 @@
 """
 What every stage reads: a dialogue of dated turns by two speakers, and the questions asked about it.
 
-One module beside this one per benchmark (`synthetic.py`, `locomo.py`, `longmemeval.py`, `msc.py`), each with
-`load(split, ...) -> list[Dialogue]`; `load` below finds the right one. Nothing here knows of models or of memory.
+One module beside this one per benchmark (`synthetic.py`, `locomo.py`, `longmemeval.py`, `msc.py`), and `transcript.py`
+for conversations of your own, each with `load(split, ...) -> list[Dialogue]`; `load` below finds the right one. Nothing
+here knows of models or of memory.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -58,20 +59,23 @@ class Dialogue:
 
 def load(name: str, split: str, **options) -> list[Dialogue]:
     """
-    The dialogues of a split: of a benchmark, or of a file in the format of LoCoMo, LongMemEval or MSC, told apart by
-    the keys of the first entry. `options` go to the benchmark's own loader. UsageError for what cannot be read.
+    The dialogues of a split: of a benchmark, or of a file in the format of LoCoMo, LongMemEval, MSC or a transcript,
+    told apart by the keys of the first entry; what is not JSON is a transcript. `options` go to the benchmark's own
+    loader. UsageError for what cannot be read.
     """
-    from data import locomo, longmemeval, msc, synthetic  # here: they import the classes above
+    from data import locomo, longmemeval, msc, synthetic, transcript  # here: they import the classes above
     named = {"synthetic": synthetic.load, "locomo": locomo.load, "longmemeval": longmemeval.load,
              "longmemeval-s": partial(longmemeval.load, variant="s"), "msc": msc.load}
     if name in named:
         return named[name](split, **options)
     if not Path(name).is_file():
         raise UsageError(f"--data {name}: neither a benchmark ({', '.join(named)}) nor a file that is there")
+    if transcript.is_plain(name):
+        return transcript.load(split, name, **options)
     entries = locomo.read(name)
     keys = set(entries[0]) if isinstance(entries[0], dict) else locomo.KEYS
-    benchmark = max(locomo, longmemeval, msc, key=lambda one: len(one.KEYS & keys))
+    benchmark = max(locomo, longmemeval, msc, transcript, key=lambda one: len(one.KEYS & keys))
     if not benchmark.KEYS & keys:
         raise UsageError(f'{name}: entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" of '
-                         'LongMemEval, nor the "previous_dialogs" of MSC')
+                         'LongMemEval, nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a transcript')
     return benchmark.load(split, path=name, entries=entries, **options)

@@ -25,8 +25,9 @@ from data.synthetic import (
     read,
     values_read,
 )
+from manager import Case, Edit, turn_text, write
 from manager import case_text as manager_case
-from manager import turn_text
+from memory import Memory
 
 MONTHS = ("January February March April May June July August September October November December").split()
 
@@ -122,13 +123,8 @@ def fill_bank(world: World, speakers, size: int, crowding: float) -> None:
 
 
 def operation_json(event: str, old: str = "", text: str = "") -> str:
-    """One operation as the Manager writes it. Texts begin with a space: a word is then always the same tokens."""
-    operation = {"event": event}
-    if event in ("UPDATE", "DELETE"):
-        operation["old_memory"] = " " + old
-    if event in ("ADD", "UPDATE"):
-        operation["text"] = " " + text
-    return json.dumps([operation], ensure_ascii=False, separators=(",", ":"))
+    """One operation as the Manager writes it: on the memory `old`, if on any."""
+    return write([Edit(event, 1, text)], Case("", "", (), (Memory(1, old, "", ""),)), by_text=True)
 
 
 def carry_out(rng, behaviour: str, bank, fact: str, event: str, old: Entry | None, new: Entry | None) -> str:

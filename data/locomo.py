@@ -78,7 +78,10 @@ def fetch(path, title, address, sha256, size):
         if hashlib.sha256(content).hexdigest() != sha256:
             raise OSError(f"{len(content)} bytes came that are not the published file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
         os.replace(partial, path)
     except (OSError, http.client.HTTPException) as error:
         reason = f"{title} is not at {path} and could not be fetched ({error})"
@@ -92,9 +95,14 @@ def read(path: str | Path) -> list:
     """The entries of a file, a JSON list or one JSON object a line, not looked into yet."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        if text.lstrip().startswith("{"):  # one to a line: a JSON string has no line break inside
-            text = "[" + text.strip().replace("\n", ",\n") + "]"
-        entries = json.loads(text)
+        try:
+            entries = json.loads(text)
+            entries = [entries] if isinstance(entries, dict) else entries
+        except ValueError:
+            if not text.lstrip().startswith("{"):
+                raise
+            # one to a line: a JSON string has no line break inside
+            entries = json.loads("[" + text.strip().replace("\n", ",\n") + "]")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

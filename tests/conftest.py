@@ -1,12 +1,17 @@
-"""What several tests share: a policy that answers by a rule, and a tiny random Qwen2 that spells letter by letter."""
+"""What several tests share: policies that answer by a rule or spell letter by letter at random, a server of our own."""
+import json
+import socket
 import string
+import threading
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from judge import Endpoint
 from policy import Completion, Policy
 
 SPECIAL = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
@@ -77,3 +82,78 @@ def tiny(tiny_folder):
         return policy
     torch.set_num_threads(1)
     return load
+
+
+class Backlog(ThreadingHTTPServer):
+    request_queue_size = 64  # with five, the eight that come at once would wait a second
+
+
+class Server:
+    """Answers each POST by script[i] for request i, then by `rule`: a (status, headers, body) or a function."""
+
+    def __init__(self, script, rule, key):
+        self.script, self.rule, self.key, self.requests, self.lock = list(script), rule, key, [], threading.Lock()
+        self.num_open = self.most_open = 0
+
+    def answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self.lock:
+            self.requests.append({"path": handler.path, "headers": dict(handler.headers), **body})
+            action = self.script.pop(0) if self.script else self.rule
+            self.num_open += 1
+            self.most_open = max(self.most_open, self.num_open)
+        reply = action(body["messages"]) if callable(action) else action
+        with self.lock:
+            self.num_open -= 1
+        if reply is None:  # drops the connection
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return
+        status, headers, content = reply if isinstance(reply, tuple) else (200, {}, said(reply))
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    def endpoint(self, **options):
+        options = {"pauses": (0.01, 0.01, 0.01, 0.01), "timeout": 5, "key": self.key, **options}
+        return Endpoint(self.url, "judge-1", **options)
+
+
+def said(text):
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(*script, rule=...) starts a Server on a free port."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running = []
+
+    def start(*script, rule, key=""):
+        server = Server(script, rule, key)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                try:
+                    server.answer(self)
+                except OSError:
+                    pass  # the client has left
+
+            def do_GET(self):
+                server.requests.append({"path": self.path, "headers": dict(self.headers)})
+                self.send_error(404)
+
+            def log_message(self, *_):
+                pass
+
+        http = Backlog(("127.0.0.1", 0), Handler)
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        running.append(http)
+        server.url = f"http://127.0.0.1:{http.server_port}/v1"
+        return server
+
+    yield start
+    for http in running:
+        http.shutdown()
+        http.server_close()

@@ -1,12 +1,17 @@
-"""What the loaders' tests share: entries of a file with a part changed, or broken at random; the published files."""
+"""What fuzzers share: how many cases, entries of a file changed or broken at random; where the published files are."""
 import copy
 import functools
 import os
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from data import Dialogue
+
+CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each fuzzer: the same ones always, or as many others as are asked
+FUZZ = settings(max_examples=CASES, derandomize="FUZZ_CASES" not in os.environ, deadline=None, database=None,
+                suppress_health_check=list(HealthCheck))
 
 
 def edited(entry: dict, *keys: str | int, value=None, remove: bool = False) -> dict:

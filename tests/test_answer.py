@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import CASES, FUZZ
 
 import answer
 from answer import Answer, ask, bleu1, by_speaker, exact_match, f1, messages, normalize, parse, retrieve, speakers_asked
@@ -14,7 +15,6 @@ from memory import Memory, MemoryBank, make_embedder
 HASH = make_embedder("hash")
 PAIR = ("Jon", "Gina")
 ORACLE = Path(__file__).parents[1] / "../shared/data/metric_oracle.json"
-FUZZ = settings(max_examples=2500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def talk(num_each):
@@ -166,7 +166,7 @@ def test_any_text_gives_an_answer(completions):
         seen.append(found)
 
     run()
-    assert len(seen) >= 2500
+    assert len(seen) >= CASES
 
 
 @pytest.mark.parametrize("unit", ["answer", "answer:", " ", "\t", "\n", "1 ", "1 none\n", "relevant: 1,", "*", "final ",

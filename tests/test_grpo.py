@@ -233,18 +233,12 @@ def test_the_ratio_leaves_1_in_the_second_epoch(tiny, epochs, monkeypatch):
     assert (stats["clip_rate"] > 0) == (epochs > 1)
 
 
-def test_a_gradient_that_is_not_finite_is_reported(tiny):
-    policy = tiny()
-    rollouts = sampled(policy, REWARDS)
-    rollouts.logp_old[0, 0] = -1e30
-    with pytest.raises(FloatingPointError, match="--lr"):
-        slope_of(policy, rollouts)
-
 
 # --- the loop ---
 
 class Letters:
     """A toy task: the reward is the share of the letter e. `stop` is a (name, step) at which it is killed."""
+    state = {}
 
     def __init__(self, policy, stop=None, letter="e"):
         self.policy, self.stop, self.seen = policy, stop, []
@@ -312,17 +306,6 @@ def test_a_toy_is_learned_and_the_base_stays(tiny, tmp_path):
 
 def adapter_files(folder):
     return {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()}
-
-
-@pytest.mark.parametrize("stop", [("batch", 4), ("rewards", 4)])
-def test_a_run_that_was_stopped_goes_on_with_the_same_numbers(tiny, tmp_path, stop):
-    _, _, whole = run_toy(tiny, tmp_path / "whole")
-    run_toy(tiny, tmp_path / "stopped", stop)
-    assert not (tmp_path / "stopped/adapter").exists()
-    _, task, resumed = run_toy(tiny, tmp_path / "stopped", resume=True)
-    assert task.seen == [4, 5, 6] and resumed == whole and len(whole) == 8
-    assert adapter_files(tmp_path / "stopped") == adapter_files(tmp_path / "whole")
-    assert read_rows(tmp_path / "stopped/samples.jsonl") == read_rows(tmp_path / "whole/samples.jsonl")
 
 
 def test_a_run_stopped_in_its_last_evaluation_still_has_one(tiny, tmp_path):

@@ -7,8 +7,8 @@ import threading
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from mutations import edited, mutated, real_file
+from hypothesis import given
+from mutations import FUZZ, edited, mutated, real_file
 
 from data import UsageError, locomo
 
@@ -122,7 +122,7 @@ def test_malformed_files(tmp_path, content):
             locomo.load(path=path)
 
 
-@settings(max_examples=300, deadline=None)
+@FUZZ
 @given(mutated(ENTRY, "conv-26", "D2:1", "Ann"))
 def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "mutated.json"
@@ -133,7 +133,7 @@ def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
         assert all(question.text and question.answer for question in dialogue.questions)
         "".join([turn.text for turn in dialogue.turns] + [q.answer for q in dialogue.questions]).encode()
     except UsageError as error:
-        assert str(error).startswith(str(path)) and "\n" not in str(error)
+        assert str(error).startswith(f"{path}: entry 0") and "\n" not in str(error)
 
 
 REAL = real_file("locomo10.json")

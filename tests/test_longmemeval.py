@@ -4,8 +4,8 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from mutations import edited, mutated, real_file, said
+from hypothesis import given
+from mutations import FUZZ, edited, mutated, real_file, said
 
 import data
 from data import UsageError, longmemeval
@@ -126,7 +126,7 @@ def test_malformed_entries_are_named(write, entry, message):
     assert str(error.value) == f"{path}: {message}"
 
 
-@settings(max_examples=300, deadline=None)
+@FUZZ
 @given(mutated(ENTRY, "user", "multi-session", "2023/05/30 (Tue) 23:40"))
 def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "mutated.json"

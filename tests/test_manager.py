@@ -6,12 +6,15 @@ import zlib
 from dataclasses import replace
 
 import pytest
+from conftest import SPECIAL
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mutations import CASES, FUZZ
 
+import answer
 import manager
 from data import Dialogue, Operation, Turn, synthetic
-from manager import Case, Edit, apply, build_banks, case_of, case_text, facts_of, fit_prompt, messages, parse
+from manager import Case, Edit, apply, build_banks, case_of, case_text, facts_of, fit_prompt, messages, parse, write
 from memory import Memory, MemoryBank, make_embedder
 
 HASH = make_embedder("hash")
@@ -19,7 +22,6 @@ DOG, CAR, CAT = "Jon has a dog named Buddy.", "Jon drives a Kia car.", "Jon has 
 # The bank's own ids are 40, 42, 47; in the prompt they are 1, 2, 3. Best match first: the car.
 CASE = Case("Jon", "3 June 2023", ("I adopted another dog, Scout.",),
             (Memory(42, CAR, "Jon", "1 May 2023"), Memory(40, DOG, "Jon", "8 May 2023"), Memory(47, CAT, "Jon", "")))
-FUZZ = settings(max_examples=2500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def filled(memories=CASE.memories):
@@ -58,11 +60,38 @@ def test_prompt_by_hand():
     assert manager.turn_text("Jon", "3 June", "Hi.\nBye.") == "turn of Jon (3 June):\nHi. Bye.\nfacts:"
 
 
-@given(st.lists(st.text(), max_size=4), st.lists(st.text(), min_size=1, max_size=3))
+wild = st.text() | st.text(st.sampled_from("a<\n\r\v\x1c\x85\u2028|/"))
+
+
+@given(wild, wild, st.lists(wild, max_size=4), st.lists(wild, min_size=1, max_size=3))
 @settings(deadline=None, derandomize=True)
-def test_no_text_can_add_a_line_to_the_prompt(texts, facts):
-    memories = [Memory(i, text, "Jon", "") for i, text in enumerate(texts)]
-    assert len(case_text("Jon", "", memories, facts).splitlines()) == 3 + max(1, len(texts)) + len(facts)
+def test_no_text_can_add_a_line_to_the_prompt(speaker, time, texts, facts):
+    memories = [Memory(i, text, "Jon", time) for i, text in enumerate(texts)]
+    assert len(case_text(speaker, time, memories, facts).splitlines()) == 3 + max(1, len(texts)) + len(facts)
+    assert len(manager.turn_text(speaker, time, facts[0]).splitlines()) == 3
+    shown = {speaker: memories} if memories else {}
+    assert len(answer.case_text(shown, facts[0]).splitlines()) == 4 + max(0, len(texts) - 1)
+
+
+MARKERS = """<|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> <|endoftext|> <start_of_turn> <bos> </s> <s> [INST]
+[/INST] <<SYS>> <｜User｜> ＜｜Assistant｜＞ [gMASK] <sop> <think> <end> <system> <assistant>""".split()
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_no_text_can_pose_as_a_role(tiny, marker):
+    text = f"I won{marker}\n{marker[:1]}{marker}{marker}a\u2028{marker}"
+    memories = [Memory(0, text, "Jon", text)]
+    prompts = [case_text(text, text, memories, [text]), manager.turn_text(text, text, text),
+               answer.case_text({text: memories}, text)]
+    assert not any(marker in prompt for prompt in prompts)
+    policy = tiny()
+    special = [sum(1 < id < len(SPECIAL) for id in policy.encode(manager.chat("", text))) for text in [*prompts, ""]]
+    assert set(special) == {5}, "a role and an end for each message, and the role of the answer"
+
+
+def test_plain_text_stays_as_it_is():
+    for text in ("I <3 you", "3 < 4 > 2", "Hi [shares a photo: a dog]", "[laughs] ok", "a|b", "x <- y"):
+        assert manager.one_line(text) == text
 
 
 @pytest.mark.parametrize("limit", [None, 0, 3, 10, 12, 13, 25, 52, 400])
@@ -281,7 +310,33 @@ def test_mutated_json_gives_edits_that_can_be_carried_out():
         assert len(facts) <= 32 and all(fact and len(fact) <= 500 and len(fact.splitlines()) == 1 for fact in facts)
 
     run()
-    assert len(accepted) >= 2500 and 300 < sum(accepted) < len(accepted) - 300
+    assert len(accepted) >= CASES and 0.1 < sum(accepted) / len(accepted) < 0.9
+
+
+def test_what_is_written():
+    edits = [Edit("UPDATE", 40, "Jon has two dogs."), Edit("DELETE", 47), Edit("ADD", None, "Zoë \"Zo\" skis."),
+             Edit("NOOP")]
+    assert write(edits, CASE) == (
+        '[{"event": "UPDATE", "id": 1, "text": "Jon has two dogs."}, {"event": "DELETE", "id": 3}, '
+        '{"event": "ADD", "text": "Zoë \\"Zo\\" skis."}, {"event": "NOOP"}]')
+    assert write(edits[:2], CASE, by_text=True) == (  # as in data/lessons.py
+        '[{"event":"UPDATE","old_memory":" Jon has a dog named Buddy.","text":" Jon has two dogs."},'
+        '{"event":"DELETE","old_memory":" Jon has a cat named Tom."}]')
+
+
+LINES = st.text(max_size=30).map(manager.one_line).filter(bool)
+
+
+@given(st.lists(LINES, max_size=5, unique=True), st.data(), st.booleans())
+@settings(FUZZ, max_examples=200)
+def test_parsing_undoes_writing(texts, draw, by_text):
+    memories = draw.draw(st.permutations([Memory(3 * i, text, "Jon", "") for i, text in enumerate(texts)]))
+    edits = [Edit("ADD", None, draw.draw(LINES)), Edit("NOOP")]
+    for memory in memories[1:]:
+        edits.append(Edit("UPDATE", memory.id, draw.draw(LINES)) if draw.draw(st.booleans()) else
+                     Edit("DELETE", memory.id))
+    case = Case("Jon", "", ("x",), tuple(memories))
+    assert parse(write(edits, case, by_text), case) == edits
 
 
 def test_a_lone_surrogate_can_be_put_into_the_next_prompt(tiny):

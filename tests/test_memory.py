@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from mutations import FUZZ
 
 import memory
 from data import UsageError
@@ -236,7 +237,7 @@ class BankMachine(RuleBasedStateMachine):
             assert len(bank) == len(model) and all(id in bank for id in model)
 
 
-BankMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+BankMachine.TestCase.settings = settings(FUZZ, stateful_step_count=10)
 test_bank_against_dictionaries = BankMachine.TestCase
 
 

@@ -3,8 +3,8 @@ import functools
 import json
 
 import pytest
-from hypothesis import given, settings
-from mutations import edited, mutated, real_file, said
+from hypothesis import given
+from mutations import FUZZ, edited, mutated, real_file, said
 
 import data
 from data import UsageError, msc
@@ -125,7 +125,7 @@ def test_malformed_entries_are_named(write, entry, message):
     ({"haystack_sessions": [], "question": "?"}, 'entry 0 has no key "question_id"'),
     ({"dialog": []}, 'entry 0 has no key "metadata"'),
     ({"name": "x"}, 'entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" of LongMemEval, '
-                    'nor the "previous_dialogs" of MSC'),
+                    'nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a transcript'),
     (["x"], "entry 0 is not an object"),
 ])
 def test_the_keys_of_the_first_entry_tell_the_format(tmp_path, entry, message):
@@ -145,7 +145,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
         data.load("nowhere", "test")
 
 
-@settings(max_examples=300, deadline=None)
+@FUZZ
 @given(mutated(ENTRY, "Speaker 2", "9999 weeks", "9 days ٣ hours 0 hour", "id"))
 def test_any_file_gives_dialogues_or_a_usage_error(tmp_path_factory, entry):
     path = tmp_path_factory.getbasetemp() / "mutated.jsonl"

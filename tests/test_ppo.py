@@ -243,13 +243,12 @@ def test_an_update_follows_the_mean_over_completions(tiny, tokens):
 
 class Toy:
     """The share of one token among those written; where prompts matter, only after prompts that hold GOOD."""
+    state = {}
 
-    def __init__(self, num_prompts=8, prompts_matter=False, fail_at=None, reward=None):
-        self.num_prompts, self.prompts_matter, self.fail_at, self.reward = num_prompts, prompts_matter, fail_at, reward
+    def __init__(self, num_prompts=8, prompts_matter=False, reward=None):
+        self.num_prompts, self.prompts_matter, self.reward = num_prompts, prompts_matter, reward
 
     def batch(self, step):
-        if step == self.fail_at:
-            raise KeyboardInterrupt
         rng = random.Random(step)
         return [SimpleNamespace(prompt=[5, rng.choice([GOOD, BAD]), *rng.choices(range(50, 90), k=rng.randint(1, 5))])
                 for _ in range(self.num_prompts)]
@@ -264,12 +263,12 @@ class Toy:
         return [{"step": step, "eval": when, "n": 0}]
 
 
-def trained(policy, toy, folder, resume=False, **changes):
+def trained(policy, toy, folder, **changes):
     """The lines of the steps, without the seconds."""
     config = Config(**dict(steps=20, batch_size=8, group_size=8, epochs=2, max_new_tokens=8, minibatch=0, lr=1e-2,
                            critic_lr=1e-2) | changes)
     torch.manual_seed(config.seed)
-    ppo.train(policy, toy, Run(folder, {"steps": config.steps}, resume), "agent", config)
+    ppo.train(policy, toy, Run(folder, {"steps": config.steps}), "agent", config)
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows if "eval" not in row]
 
@@ -306,14 +305,3 @@ def test_equal_rewards_teach_the_actor_nothing_while_the_critic_is_indifferent(t
     [row] = trained(policy, Toy(reward=1.0), tmp_path, steps=1, beta=0)
     assert all(map(torch.equal, before, policy.parameters("agent")))
     assert row["grad_norm"] == 0 and row["zero_std_rate"] == 1 and row["explained_variance"] is None
-
-
-def test_a_killed_run_resumes_with_the_same_numbers(tiny, tmp_path):
-    changes = dict(steps=6, checkpoint_every=2, minibatch=3)
-    whole = trained(tiny(b=0), Toy(), tmp_path / "whole", **changes)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny(b=0), Toy(fail_at=4), tmp_path / "killed", **changes)
-    torch.rand(7)
-    assert trained(tiny(b=0), Toy(), tmp_path / "killed", resume=True, **changes) == whole
-    for file in ("adapter/adapter_model.safetensors", "checkpoint/step-00006/tensors.safetensors", "samples.jsonl"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

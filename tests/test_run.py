@@ -244,6 +244,9 @@ def test_an_optimizer_of_another_shape(tmp_path):
     other = torch.optim.AdamW(torch.nn.Linear(5, 3).parameters())
     with pytest.raises(UsageError, match=r"optimizer.0.exp_avg \(4, 5\) fits no parameter"):
         restore_optimizer(other, optimizer_tensors(optimizer))
+    for tensors in ({"adapter.0": torch.zeros(4, 5)}, {}):
+        with pytest.raises(UsageError, match=r"checkpoint's adapter.0 is not of shape \(3, 5\)"):
+            runs.restore_parameters([torch.nn.Parameter(torch.zeros(3, 5))], tensors)
     restore_optimizer(other, optimizer_tensors(optimizer, prefix="critic"))  # not its own: nothing to restore
     assert not other.state
 

@@ -138,9 +138,8 @@ def test_a_run_writes_what_the_contract_says_and_resumes(tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (out / "adapter").iterdir()}
     settings = json.loads((out / "config.json").read_text())
     assert settings["seed"] == 0 and settings["group_size"] == 4 and "torch" in settings["versions"]
+    assert done.stdout.startswith(f"manager by grpo, seed 0, into {out}\n")
 
-    again = run_script("--algo", "grpo", *QUICK, "--out", out)
-    assert again.returncode == 2 and "--overwrite" in again.stderr and len(rows(out / "metrics.jsonl")) == len(lines)
     more = run_script("--algo", "grpo", *QUICK, "--steps", "3", "--out", out, "--resume")
     assert more.returncode == 0, more.stderr
     assert [line["step"] for line in rows(out / "metrics.jsonl") if "eval" not in line] == [1, 2, 3]
@@ -186,52 +185,9 @@ def test_locomo_training_split_links_its_evidence_turns():
     assert (len(linked), sum(map(len, linked.values()))) == (133, 203)  # 202 strings, one naming two turns
 
 
-REFUSED = {
-    "unknown flag": (["--stepz", "3"], "--stepz"),
-    "steps": (["--steps", "0"], "--steps 0"),
-    "group": (["--group-size", "1"], "--group-size 1"),
-    "temperature": (["--temperature", "0"], "--temperature"),
-    "no number": (["--lr", "fast"], "--lr"),
-    "algorithm": (["--algo", "dpo"], "dpo"),
-    "no such data": (["--data", "nowhere.json"], "nowhere.json"),
-    "no such model": (["--model", "./nowhere"], "nowhere"),
-    "no model": (["--model", str(ROOT / "tests")], "config.json"),
-    "no adapter": (["--answer-adapter", "nowhere"], "nowhere"),
-    "no embedder": (["--embedder", "./nowhere"], "nowhere"),
-    "oracle on real data": (["--data", "locomo", "--bank", "oracle"], "--bank oracle"),
-    "device": (["--device", "abacus"], "abacus"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_is_one_line_and_exit_code_2(tmp_path, case):
-    flags, words = REFUSED[case]
-    done = run_script(*flags, "--out", tmp_path / "run", env={"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-BROKEN_FILES = {
-    "not json": ("{", "data.json"),
-    "not a list": ('{"a": 1}', "data.json"),
-    "no conversation": ('[{"sample_id": "x", "qa": []}]', "conversation"),
-    "no turns": ('[{"sample_id": "x", "qa": [], "conversation": {"speaker_a": "Ann", "speaker_b": "Bob"}}]', "x"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_FILES)
-def test_broken_data_names_the_entry(tmp_path, case):
-    content, words = BROKEN_FILES[case]
-    (tmp_path / "data.json").write_text(content)
-    done = run_script("--data", tmp_path / "data.json", "--out", tmp_path / "run")
-    assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def small_file(tmp_path, evidence, speaker="Ann"):
-    turns = [{"speaker": speaker, "dia_id": f"D1:{i}", "text": f"I have a dog named Rex{i}."} for i in range(1, 4)]
-    question = {"question": "Which dog?", "answer": "Rex1", "category": 4, "evidence": evidence}
+def small_file(tmp_path):
+    turns = [{"speaker": "Ann", "dia_id": f"D1:{i}", "text": f"I have a dog named Rex{i}."} for i in range(1, 4)]
+    question = {"question": "Which dog?", "answer": "Rex1", "category": 4, "evidence": ["D1:1"]}
     entry = {"sample_id": "mine", "qa": [question],
              "conversation": {"speaker_a": "Ann", "speaker_b": "Bob", "session_1": turns,
                               "session_1_date_time": "1:56 pm on 8 May, 2023"}}
@@ -240,12 +196,7 @@ def small_file(tmp_path, evidence, speaker="Ann"):
 
 
 def test_a_speaker_who_never_speaks_is_no_trouble(tmp_path):
-    done = run_script("--data", small_file(tmp_path, ["D1:1"]), "--steps", "1", "--batch-size", "2",
+    done = run_script("--data", small_file(tmp_path), "--steps", "1", "--batch-size", "2",
                       "--group-size", "2", "--eval", "1", "--max-new-tokens", "24", "--max-answer-tokens", "8",
                       "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-
-
-def test_questions_without_evidence_are_refused_in_one_line(tmp_path):
-    done = run_script("--data", small_file(tmp_path, []), "--out", tmp_path / "run")
-    assert done.returncode == 2 and "evidence" in done.stderr and "Traceback" not in done.stderr

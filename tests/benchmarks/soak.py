@@ -1,0 +1,50 @@
+"""
+Does training leak? Runs it for two hours and prints its memory and its open files every minute, then how much both grew
+after the first tenth: memory has to stay within 5 %, and no file may stay open.
+
+    OMP_NUM_THREADS=2 python tests/benchmarks/soak.py --hours 2 --algo grpo      # further flags: train_manager.py's
+"""
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("--hours", type=float, default=2)
+    parser.add_argument("--every", type=float, default=60, help="seconds between two measurements (60)")
+    args, flags = parser.parse_known_args()
+    out = Path(tempfile.gettempdir(), "soak")
+    shutil.rmtree(out, ignore_errors=True)
+    run = subprocess.Popen([sys.executable, ROOT / "train_manager.py", "--steps", "1000000", "--schedule", "constant",
+                            "--eval", "0", "--out", out, *flags], stdout=subprocess.DEVNULL)
+    begin, rows = time.monotonic(), []
+    print("minutes  step  memory (MB)  open files", flush=True)
+    try:
+        while run.poll() is None and time.monotonic() - begin < 3600 * args.hours:
+            time.sleep(args.every)
+            memory = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            step = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+            rows.append((memory, len(os.listdir(f"/proc/{run.pid}/fd"))))
+            print(f"{(time.monotonic() - begin) / 60:7.1f} {step:5} {rows[-1][0]:12.0f} {rows[-1][1]:11}", flush=True)
+    finally:
+        run.send_signal(signal.SIGINT)
+        print(f"exit code {run.wait()}")
+    rest = np.array(rows[len(rows) // 10:])
+    fifth = max(1, len(rest) // 5)  # of what is left: the peak of the last against that of the first
+    grown = rest[-fifth:].max(axis=0) - rest[:fifth].max(axis=0)
+    print(f"after the first tenth: memory {100 * grown[0] / rest[:fifth, 0].max():+.1f} %, open files {grown[1]:+.0f}")
+
+
+if __name__ == "__main__":
+    main()

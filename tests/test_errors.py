@@ -1,0 +1,247 @@
+"""Every mistake that a command line can hold: one line that says what, where and what to do, and exit code 2."""
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mutations import edited
+from safetensors.torch import load_file
+from test_locomo import ENTRY
+
+import data.locomo
+import evaluate
+import train_answer
+import train_manager
+from data import TINY
+from policy import Policy
+from run import exit_cleanly, read_rows
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate}
+QUICK = "--steps 1 --eval 0 --batch-size 2 --group-size 2 --max-new-tokens 8"
+
+# A command, in a folder with the files of `around`, and what its line says.
+TABLE = [line.split(" => ") for line in """
+train_manager --stepz 3 => unrecognized arguments: --stepz 3
+train_manager --steps 0 => --steps 0: must be at least 1
+train_manager --steps 1.5 => argument --steps: invalid int value: '1.5'
+train_manager --algo dpo => argument --algo: invalid choice: 'dpo'
+train_manager --reward vibes => argument --reward: invalid choice: 'vibes'
+train_manager --lr fast => argument --lr: invalid float value: 'fast'
+train_manager --lr nan => --lr nan: must be a finite number
+train_manager --lr -1 => --lr -1.0: must be at least 0
+train_manager --beta inf => --beta inf: must be a finite number
+train_manager --temperature 0 => --temperature 0.0: must be above 0
+train_manager --group-size 1 => --group-size 1: must be at least 2
+train_manager --rank 0 => --rank 0: must be at least 1
+train_manager --seed -1 => --seed -1: must be from 0 to 4294967295
+train_manager --algo ppo --gamma 7 => --gamma 7.0: must be at most 1
+train_manager --algo ppo --value-clip -1 => --value-clip -1.0: must be at least 0
+train_manager --floor 7 => --floor 7.0: must be at most 1
+train_manager --max-prompt-tokens 1 => --max-prompt-tokens 1: must be at least 16
+train_manager --bank oracle --data locomo => --bank oracle needs known operations
+train_manager --resume --overwrite => --resume continues the run in --out and --overwrite replaces it: give one
+train_manager --out locomo.json => folder locomo.json cannot be written (File exists): mend that or choose another --out
+train_manager --out locomo.json/x => cannot be written (Not a directory)
+train_manager --device abacus => abacus: cannot be loaded
+train_manager --model ./nowhere => nowhere: no config.json there; give a hub id or a model's folder
+train_manager --model empty => no config.json there
+train_manager --model truncated => model truncated as float32 on cpu: cannot be loaded
+train_manager --model pickled => no file named model.safetensors
+train_manager --model plain => no chat template; choose an instruct model
+train_manager --model strict => its chat template fails (no system, please); choose a model whose template
+train_manager --model foreign => custom code
+train_manager --embedder ./nowhere => embedder './nowhere' cannot be loaded as an encoder
+train_manager --embedder pickled => embedder 'pickled' cannot be loaded as an encoder
+train_manager --answer-adapter nowhere => adapter nowhere: cannot be read
+train_manager --answer-adapter of-another => it names Qwen/Qwen2.5-3B-Instruct
+train_manager --answer-adapter of-rank-8 => with rank 8 must be
+train_manager --reward judge => set JUDGE_URL (or OPENAI_BASE_URL) and JUDGE_MODEL
+train_manager --data nowhere => --data nowhere: neither a benchmark (synthetic, locomo
+train_manager --data empty => --data empty: neither a benchmark
+train_manager --data torn.json => torn.json: is neither JSON nor one JSON object a line
+train_manager --data null.json => error: null.json:
+train_manager --data strange.json => strange.json: entry 0 has neither the "conversation" of LoCoMo
+train_manager --data mistaken.json => mistaken.json: entry 0 (conv-7): session_2, turn 0 (D2:1) has no key "speaker"
+train_manager --data unlinked.json => no question names a turn as evidence, so no turn can be judged
+train_manager --data locomo => locomo10.json there, or name a file with --data
+train_manager --data longmemeval => LongMemEval has no split "train": it is for evaluation
+train_manager --out done => done already holds a run: choose another --out, continue it with --resume, or replace it
+train_manager --out finished => finished already holds a run
+train_manager --out done --resume --algo ppo => done was begun with algo grpo, not ppo: resume it with that
+train_manager --out done --resume --rank 8 => done was begun with rank 16, not 8: resume it with that
+train_manager --out done --resume --model letters => tiny, not letters: resume it with that
+train_manager --out further --resume => further has 7 steps already: resume it with --steps 7 or more
+train_manager --out damaged --resume => is damaged (its checksum is wrong) and no other is whole: start anew
+train_answer --manager-adapter nowhere => adapter nowhere: cannot be read
+train_answer --memories 0 => --memories 0: must be at least 1
+train_answer --grow -1 => --grow -1: must be at least 0
+train_answer --max-operation-tokens 0 => --max-operation-tokens 0: must be at least 1
+train_answer --reward judge --judge ./nowhere => nowhere: no config.json there
+train_answer --data silent.json => --data silent.json: there is no question to train on
+train_answer --data msc => MSC has no split "train": it is for evaluation
+train_answer --out done => done already holds a run
+evaluate --split dev => synthetic data has no split 'dev'
+evaluate --category 7 => --category 7: synthetic, split test, has 1, 2, 3, 4
+evaluate --limit 0 => --limit 0: must be at least 1
+evaluate --top-k -3 => --top-k -3: must be at least 0
+evaluate --floor nan => --floor nan: must be from 0 to 1
+evaluate --memories 4,x => argument --memories: invalid numbers value: '4,x'
+evaluate --system magic => argument --system: invalid choice: 'magic'
+evaluate --system oracle --data locomo.json => --system oracle needs known operations
+evaluate --manager nowhere => adapter nowhere: cannot be read
+evaluate --manager endpoint => set MANAGER_URL (or OPENAI_BASE_URL) and MANAGER_MODEL
+evaluate --answer endpoint => --answer endpoint: only a Manager can be hosted
+evaluate --reranker ./nowhere => --reranker ./nowhere: cannot be loaded
+evaluate --judge endpoint => set JUDGE_URL (or OPENAI_BASE_URL) and JUDGE_MODEL
+evaluate --paper => --paper has the numbers of LoCoMo's test split: add --data locomo
+evaluate --data silent.json => there is no question; take another split or file
+evaluate --data nowhere => --data nowhere: neither a benchmark
+evaluate --model ./nowhere => nowhere: no config.json there
+evaluate --out x.txt => --out x.txt: give a name that ends in .json
+evaluate --out locomo.json => locomo.json: cannot be read (it holds no results)
+evaluate --out torn.json/x.json => cannot be written (File exists)
+evaluate --compare a.json b.json => a.json: cannot be read (No such file or directory); give a file that evaluate.py
+evaluate --compare locomo.json locomo.json => locomo.json: cannot be read (it holds no results)
+""".strip().splitlines()]
+
+
+def copied(name, edit):
+    shutil.copytree(TINY, name)
+    edit(Path(name))
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def foreign(folder):
+    (folder / "foreign.py").write_text(f"open({str(folder.parent / 'OWNED')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": names}))
+
+
+def misfit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory, tiny_folder):
+    """The folder that the commands are given in."""
+    folder, before, threads = tmp_path_factory.mktemp("around"), os.getcwd(), torch.get_num_threads()
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    Path("empty").mkdir()
+    copied("truncated", lambda to: (to / "model.safetensors").write_bytes(b"\x10" + bytes(99)))
+    copied("pickled", pickled)
+    copied("plain", lambda to: (to / "chat_template.jinja").unlink())
+    copied("strict", lambda to: (to / "chat_template.jinja").write_text("{{ raise_exception('no system, please') }}"))
+    copied("foreign", foreign)
+    shutil.copytree(tiny_folder, "letters")
+    policy = Policy.load(TINY)
+    policy.add_adapter("manager", 4, 8)
+    for name, changes in (("of-another", {"base_model_name_or_path": "Qwen/Qwen2.5-3B-Instruct"}),
+                          ("of-rank-8", {"r": 8})):
+        policy.save_adapter("manager", name)
+        misfit(Path(name), **changes)
+    for name, content in {
+            "locomo": [ENTRY], "null": None, "strange": [{"name": "x"}], "silent": [edited(ENTRY, "qa", value=[])],
+            "mistaken": [edited(ENTRY, "conversation", "session_2", 0, "speaker", remove=True)],
+            "unlinked": [edited(ENTRY, "qa", value=[ENTRY["qa"][2]])]}.items():
+        Path(f"{name}.json").write_text(json.dumps(content))
+    Path("torn.json").write_text(json.dumps([ENTRY])[:-9])
+    train_manager.main([*QUICK.split(), "--out", "done"])
+    Path("finished").mkdir()  # a folder in which only what was trained has been kept
+    shutil.copytree("done/adapter", "finished/adapter")
+    for name in ("further", "damaged"):
+        shutil.copytree("done", name)
+        [checkpoint] = Path(name, "checkpoint").iterdir()
+        state = json.loads((checkpoint / "state.json").read_text())
+        if name == "further":
+            blob = (checkpoint / "tensors.safetensors").read_bytes()
+            checksum = train_manager.grpo.Run.__init__.__globals__["digest"](7, state["state"], blob)
+            state |= {"step": 7, "sha256": checksum}
+        else:
+            state |= {"sha256": "0"}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+    yield folder
+    os.chdir(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """No network, no judge, no cache, and conversations of a tenth of the length."""
+    for name in ("JUDGE_URL", "OPENAI_BASE_URL", "JUDGE_MODEL", "MANAGER_URL", "MANAGER_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MEMORY_R1_DATA", str(tmp_path / "no-data"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(data.locomo, "ADDRESS", "http://127.0.0.1:1/locomo10.json")
+    monkeypatch.setattr(train_answer, "NUM_TURNS", 10)
+    monkeypatch.setattr(train_answer, "NUM_DIALOGUES", 2)
+
+
+def said(script, flags, monkeypatch, capsys):
+    """What a command writes before its exit code, which is asserted to be 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(lambda: SCRIPTS[script].main(flags))
+    assert stop.value.code == 2
+    return capsys.readouterr()
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("command, words", TABLE, ids=[command for command, _ in TABLE])
+def test_one_line_and_exit_code_2(around, monkeypatch, capsys, command, words):
+    script, *flags = shlex.split(command)
+    out = [] if script == "evaluate" else [*QUICK.split(), "--out", "run"]  # a flag given twice: the last one counts
+    before = files(around)
+    shown = said(script, [*out, *flags], monkeypatch, capsys)
+    lines = [line for line in shown.err.splitlines() if not line.startswith(("note: ", "fetching "))]
+    assert f"{script}.py: error: " in lines[-1] and words in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("usage: ")  # argparse shows the usage too
+    assert files(around) == before, "nothing begun, nothing lost"
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 40 and {command.split()[0] for command, _ in TABLE} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("command, words", [row for row in TABLE if row[0] in (
+    "train_manager --steps 0", "train_answer --manager-adapter nowhere", "evaluate --split dev")])
+def test_from_the_shell_too(tmp_path, command, words):
+    script, *flags = shlex.split(command)
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reply, code", [((200, {}, b'{"choices": [{"message": {"content": "label: correct"}}]}'), 0),
+                                         ((401, {}, b"the key sk-secret is not welcome"), 2)])
+def test_the_key_of_a_judge_is_written_nowhere(around, tmp_path, serve, monkeypatch, capfd, reply, code):
+    server = serve(rule=reply)
+    for name, value in {"URL": server.url.replace("//", "//me:sk-word@"), "MODEL": "m", "API_KEY": "sk-secret"}.items():
+        monkeypatch.setenv(f"JUDGE_{name}", value)
+    flags = [*QUICK.split(), "--max-new-tokens", "40", "--reward", "judge", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train_manager.py", *flags])
+    try:
+        exit_cleanly(lambda: train_manager.main(flags))
+        assert code == 0 and [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1]
+    except SystemExit as stop:
+        assert stop.code == code == 2
+    shown = capfd.readouterr()
+    assert server.requests[0]["headers"]["Authorization"] == "Bearer sk-secret"
+    written = b"".join(path.read_bytes() for path in files(tmp_path)) + shown.out.encode() + shown.err.encode()
+    assert b"sk-secret" not in written and b"sk-word" not in written and b'"judge"' in written
