@@ -213,15 +213,18 @@ class ManagerTask:
 
     def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
         """The frozen answerer's answers to all linked questions on every candidate's bank, and the banks' sizes."""
-        args, asked, sizes = self.args, [], []
-        for episode, edits in candidates:
-            fork = episode.bank.fork()
-            manager.apply(fork, edits, episode.turn.speaker, episode.turn.time)
-            sizes.append(len(fork))
-            asked.append([self.ask(fork, question, episode.speakers) for question in episode.questions])
-        flat = iter(answer.answer_all(self.policy, [one for some in asked for one in some], self.answer_adapter,
-                                      args.max_answer_tokens))
-        return [[next(flat).text for _ in some] for some in asked], sizes
+        sizes, asked = {}, {}  # by episode and edits: siblings that edit alike share bank and answers
+        keys = [(id(episode), tuple(edits)) for episode, edits in candidates]
+        for key, (episode, edits) in zip(keys, candidates, strict=True):
+            if key not in asked:
+                fork = episode.bank.fork()
+                manager.apply(fork, edits, episode.turn.speaker, episode.turn.time)
+                sizes[key] = len(fork)
+                asked[key] = [self.ask(fork, question, episode.speakers) for question in episode.questions]
+        flat = iter(answer.answer_all(self.policy, [one for some in asked.values() for one in some],
+                                      self.answer_adapter, self.args.max_answer_tokens))
+        texts = {key: [next(flat).text for _ in some] for key, some in asked.items()}
+        return [texts[key] for key in keys], [sizes[key] for key in keys]
 
     def ask(self, bank: MemoryBank, question: Question, speakers) -> answer.Asked:
         args = self.args
