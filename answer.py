@@ -21,6 +21,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 
@@ -228,6 +229,8 @@ def reply(policy, bank: MemoryBank, question: str, adapter: str | None, settings
 
 def typed(prompt: str):
     """The lines that a person types, or a file holds, which are then printed as if they had been typed."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (here: it gives `input` arrow keys and a history)
     is_person = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")
     while True:

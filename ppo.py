@@ -382,7 +382,7 @@ def main(argv=None) -> None:
     seed_everything(0)
     policy = Policy.load(TINY)
     policy.add_adapter("toy")
-    task, config = Toy(policy), Config(steps=20, group_size=8, minibatch=2, lr=3e-3, critic_lr=6e-3, max_new_tokens=4)
+    task, config = Toy(policy), Config(steps=12, group_size=8, minibatch=2, lr=3e-3, critic_lr=6e-3, max_new_tokens=4)
     before = policy.sample([task.prompt], 6, config.max_new_tokens)[0]
     with tempfile.TemporaryDirectory() as folder:
         train(policy, task, Run(folder, vars(config)), "toy", config)
