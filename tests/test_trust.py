@@ -88,6 +88,14 @@ def whole(tmp_path_factory, tiny_folder):
     return of
 
 
+@pytest.fixture(autouse=True)
+def hears_ctrl_c():
+    """A process that a script starts in the background ignores Ctrl-C: here it is heard."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 def ctrl_c(times):
