@@ -235,12 +235,12 @@ def typed(prompt: str):
     sys.stdin.reconfigure(errors="replace")
     while True:
         try:
-            line = input(prompt if is_person else "")
+            line = " ".join(input(prompt if is_person else "").split())
         except EOFError:
             return print()
         if not is_person:
-            print(f"{prompt}{line}")
-        yield " ".join(line.split())
+            print(screen(f"{prompt}{line}"))
+        yield line
 
 
 def main(argv=None) -> None:

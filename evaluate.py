@@ -1,7 +1,7 @@
 r"""
 Evaluates memory agents: systems -> banks -> answers -> scores -> reports.
 
-    python evaluate.py           # tiny model, synthetic talk, all that is in runs/
+    python evaluate.py        # tiny model, synthetic talk, all that is in runs/
     python evaluate.py --manager base runs/manager-grpo \
         --answer base runs/answer-grpo --out runs/2x2.json
     python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \

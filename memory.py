@@ -14,6 +14,7 @@ that the graph needs 2.3 ms for a recall of .99, and 1.2 ms for a write (tests/b
 n texts, k results asked for; a score is an inner product in [-1, 1] (`hash`: [0, 1]).
 N entries in the bank, df_d of them with a feature in hashed dimension d, idf_d = log(1 + N / df_d).
 """
+import argparse
 import json
 import os
 import re
@@ -399,8 +400,9 @@ class MemoryBank:
         return self._found[key]
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Shows a bank, a search and a fork."""
+    argparse.ArgumentParser(description="Shows a memory bank, a search in it, and an edit on a fork.").parse_args(argv)
     bank = MemoryBank(make_embedder("hash"))
     buddy = bank.add("Jon has a dog, Buddy.", "Jon", "8 May 2023")
     bank.add("Jon works as a baker.", "Jon", "8 May 2023")

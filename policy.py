@@ -417,8 +417,10 @@ def read_adapter(folder):
     return config, weights, scale
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Shows what the tiny model writes, how likely it finds that, and what LoRA changes: nothing while it is off."""
+    from run import Parser  # here: run.py comes after this file
+    Parser(description="Shows samples of the tiny model, their log-probs, and what LoRA changes.").parse_args(argv)
     torch.manual_seed(0)
     policy = Policy.load(TINY)
     text = "memories of Jon:\n1 (8 May 2023) Jon has a dog named Buddy.\n2 (3 June 2023) Jon drives a Kia car.\n" \
@@ -441,5 +443,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from run import exit_cleanly  # here: run.py comes after this file
+    from run import exit_cleanly
     exit_cleanly(main)
