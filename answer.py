@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from data import TINY, Turn
-from manager import BOLD, chat, fit_prompt, memory_lines, one_line, read_turn, screen, show_bank
+from manager import BOLD, chat, fit_prompt, folded, memory_lines, one_line, read_turn, screen, show_bank
 from memory import Memory, MemoryBank, make_embedder
 
 RULES = """You answer a question about two people from memories of their conversations. Each memory has a number and \
@@ -114,7 +114,7 @@ def parse(completion: str) -> Answer:
             selected += re.findall(r"\d{1,4}", listed[1])
         elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
             selected.append(verdict[1])
-    answer = one_line(found[-1][1][:LONGEST_ANSWER])
+    answer = folded(found[-1][1][:LONGEST_ANSWER])
     return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 
@@ -213,7 +213,7 @@ def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ on a terminal
 
 def reply(policy, bank: MemoryBank, question: str, adapter: str | None, settings: dict) -> None:
-    """Prints what is retrieved for a question, what of it is selected, and the answer. `settings`: of `run.usual`."""
+    """Prints what is retrieved for a question, what of it is selected, and the answer. `settings`: of `flags.usual`."""
     speakers = tuple(dict.fromkeys(memory.speaker for memory in bank))
     search = bank, question, speakers, max(1, settings["memories"] // 2)
     scores = {memory.id: score for memory, score in retrieve(*search, named_only=settings["named_only"])}
@@ -245,8 +245,8 @@ def typed(prompt: str):
 
 def main(argv=None) -> None:
     """Answers one question to a bank, or talks with its owner."""
-    from policy import Policy  # here: nothing above needs a model of its own, and run.py comes after this file
-    from run import Parser, usual
+    from flags import Parser, usual
+    from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
     parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
                     "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
                     epilog='example: python answer.py talk.json "Which car does Jon drive?"')
@@ -282,5 +282,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from run import exit_cleanly
+    from flags import exit_cleanly
     exit_cleanly(main, less="the size of --model", go_on="the same command goes on")

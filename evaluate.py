@@ -29,11 +29,13 @@ import data
 import manager
 import report
 from data import TINY, Dialogue, Question, UsageError, longmemeval
+from flags import BY_DATA, BY_MODEL, Parser, exit_cleanly
 from judge import Endpoint, Hosted, make_judge
 from memory import Memory, MemoryBank, make_embedder
+from plots import plot_evaluation
 from policy import Policy
 from report import scores
-from run import BY_DATA, BY_MODEL, Parser, append, exit_cleanly, note, seed_everything, tidy, write, writing
+from run import append, note, seed_everything, tidy, write, writing
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
@@ -484,7 +486,7 @@ def main(argv=None) -> None:
         print(headline(args, dialogues, systems), report.tables(tables[-1], args.paper, args.at_once), sep="\n")
     print(report.LEGEND)
     if args.out:
-        report.plot(Path(args.out).with_suffix(".png"), tables)
+        plot_evaluation(Path(args.out).with_suffix(".png"), tables)
         print(f"results are in {args.out}, every answer in {report.predictions_of(args.out)}")
 
 

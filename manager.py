@@ -95,12 +95,17 @@ class Edit:
 
 # ------------------------------------------------------------------------------------------------ prompts
 
+def folded(text: str) -> str:
+    """Text from people and models as one line of valid Unicode, as it is stored and scored."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 def one_line(text: str) -> str:
     """
-    Text from people and models as one line of valid Unicode without role markers, so that it cannot pose as another
-    part of a prompt: a tokenizer would take "<|im_end|>" in a memory for the end of the message; "< |im_end|>" is text.
+    Text as a prompt shows it: folded and without role markers, so that it cannot pose as another part of the prompt. A
+    tokenizer would take "<|im_end|>" in a memory for the end of the message; "< |im_end|>" is text.
     """
-    return MARKER.sub(r"\g<0> ", " ".join(text.encode("utf-8", "replace").decode().split()))
+    return MARKER.sub(r"\g<0> ", folded(text))
 
 
 def dated(time: str) -> str:
@@ -187,7 +192,7 @@ def parse_edit(item, shown: list[Memory]) -> Edit | None:
     if not isinstance(item, dict) or not isinstance(item.get("event"), str):
         return None
     event = {"NONE": "NOOP"}.get(item["event"].strip().upper(), item["event"].strip().upper())
-    text = one_line(item["text"])[:LONGEST_TEXT].strip() if isinstance(item.get("text"), str) else ""
+    text = folded(item["text"])[:LONGEST_TEXT].strip() if isinstance(item.get("text"), str) else ""
     if event not in EVENTS or (event in ("ADD", "UPDATE") and not text):
         return None
     if event in ("ADD", "NOOP"):
@@ -253,7 +258,7 @@ def parse_facts(completion: str) -> list[str]:
     """The strings of the first JSON list: '["Jon moved."]' -> ["Jon moved."]. Anything else: no facts."""
     found = first_json(completion)
     found = found.get("facts") if isinstance(found, dict) else found
-    texts = [one_line(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) \
+    texts = [folded(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) \
         else []
     return [text for text in texts if text][:MOST_OPERATIONS]
 
@@ -441,7 +446,7 @@ def show_bank(bank: MemoryBank) -> None:
 
 
 def read_turn(policy, bank: MemoryBank, turn: Turn, adapter: str | None, settings: dict) -> None:
-    """Lets the Manager read one turn and edit the bank, and prints both. `settings`: of `run.usual`."""
+    """Lets the Manager read one turn and edit the bank, and prints both. `settings`: of `flags.usual`."""
     facts = facts_of(policy, [turn], settings["extract"], settings["max_new_tokens"])[0]
     edits: list[Edit] | None = [Edit("NOOP")]
     if facts:
@@ -453,8 +458,8 @@ def read_turn(policy, bank: MemoryBank, turn: Turn, adapter: str | None, setting
 
 def main(argv=None) -> None:
     """Reads a conversation and prints, turn by turn, what the Manager does."""
-    from policy import Policy  # here: nothing above needs a model of its own, and run.py comes after this file
-    from run import Parser, usual
+    from flags import Parser, usual
+    from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
     parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
                     epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out talk.json")
     add = parser.add_argument
@@ -486,5 +491,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from run import exit_cleanly
+    from flags import exit_cleanly
     exit_cleanly(main, less="the size of --model", go_on="the same command begins anew")

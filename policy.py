@@ -11,7 +11,8 @@ One set of weights plays every role. A role is a LoRA adapter (arXiv 2106.09685,
 but the head:  h = W x + (alpha / r) B A x,  W frozen, B = 0 at the start, so that a new one changes nothing.
 
 Prompts are long, completions short, and G of them share a prompt, so neither half computes one twice:
-  - `sample` reads each distinct prompt once, repeats its key-value cache for the group, drops ended rows.
+  - `sample` reads each distinct prompt once, and what all of them begin with once for all. A group's completions
+    attend to that one key-value cache, each to its own besides, and leave the batch when they end.
   - `score` packs a group into one row, `[prompt | c_1 | ... | c_G | padding]`. That is exact: what follows a
     prompt does not change its states; a mask lets c_g see the prompt and itself, no sibling; and positions
     restart at the prompt's length for each, as if it stood there alone.
@@ -27,6 +28,8 @@ import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import SharedPrompts
 from data import TINY, UsageError
 
 # Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
@@ -77,7 +81,7 @@ class Layout(NamedTuple):
     """Rows for one forward pass, and where in them each completion token is predicted."""
     ids: torch.Tensor  # (R, L)
     positions: torch.Tensor  # (R, L)
-    attention: torch.Tensor  # (R, 1, L, L) True = may attend, or (R, L) True = no padding
+    attention: torch.Tensor  # (R, 1, S, L) what the last S tokens may attend to, or (R, L) True = no padding
     where: torch.Tensor  # (T,) index into the flattened (R*L) states
     targets: torch.Tensor  # (T,) the completion tokens, row after row
     mask: torch.Tensor  # (N, C)
@@ -120,9 +124,10 @@ def pack(prompts, completions, device="cpu"):
     before = torch.where(positions == lengths, lengths, torch.arange(L)) - 1
     where = (before + L * torch.arange(R)[:, None])[is_sampled]
     mask = pad_right([[True] * len(c) for group in completions for c in group], False, torch.bool)
-    queries, keys = segments.to(device)[:, :, None], segments.to(device)[:, None, :]
+    n = int(lengths.min())  # what stands before is prompt in every row: see `shared_attention`
+    queries, keys = segments.to(device)[:, n:, None], segments.to(device)[:, None, :]
     # Padding looks at the prompt as well, since a row that sees nothing at all can give NaN.
-    attention = ((queries == keys) | (keys == 0)) & torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    attention = ((queries == keys) | (keys == 0)) & torch.ones(L - n, L, dtype=torch.bool, device=device).tril(n)
     return Layout(*(x.to(device) for x in (ids, positions, attention[:, None], where, ids[is_sampled], mask)))
 
 
@@ -134,13 +139,14 @@ def pad(prompts, completions, device="cpu"):
     return layout._replace(attention=real.to(device))
 
 
-def token_scores(hidden, head, targets, temperature, chunk=2**22):
+def token_scores(hidden, head, targets, temperature, chunk=None):
     """
     log pi(target) and entropy of pi = softmax(head(hidden) / temperature). (T, H), (T,) -> (T,), (T,)
     T x V logits would not fit for V = 150,000: only `chunk` of them exist at a time. The head W (V, H) is
     frozen, so they need no backward pass: all it would give, the hidden state's slope, is known on the spot,
         d log pi(y) / d h = (W_y - sum_v pi(v) W_v) / temperature
     """
+    chunk = chunk or 2 ** (25 if hidden.is_cuda else 22)  # what fills a GPU; what a CPU's cache holds
     logps, entropies, size = [], [], max(1, chunk // head.out_features)
     for h, y in zip(hidden.split(size), targets[:, None].split(size), strict=True):
         with torch.no_grad():
@@ -172,16 +178,19 @@ class Policy:
     def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=None):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
-        self.max_batch_tokens = max_batch_tokens or (2**14 if self.device.type == "cpu" else 2**16)  # see `sample`
+        self.max_batch_tokens = max_batch_tokens or (2**15 if self.device.type == "cpu" else 2**16)  # see `sample`
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.eos = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
         self.packs = self._can_pack()
+        if self.packs:
+            model.config._attn_implementation = "shared"
         self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
         self.layers = {path: LoRALinear(linear, self) for path, linear in model.named_modules()
                        if isinstance(linear, nn.Linear) and linear is not self.head}
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
+        self.checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             self._checkpoint_layers()
 
@@ -331,39 +340,58 @@ class Policy:
         rows, done = dict(zip(keys, rows, strict=True)), {}
         order = sorted(rows, key=lambda key: (len(rows[key]), rows[key]), reverse=True)  # equals side by side
         while order:
-            size = max(1, self.max_batch_tokens // (len(rows[order[0]]) + max_new_tokens))
+            texts = [rows[key] for key in order]
+            costs = [max_new_tokens + len(texts[0]) * (not self.packs or text != before)  # a shared prompt counts once
+                     for text, before in zip(texts, [None, *texts], strict=False)]
+            size = max(1, sum(total <= self.max_batch_tokens for total in accumulate(costs)))
             batch, order = order[:size], order[size:]
             generated = self._generate([rows[key] for key in batch], max_new_tokens, temperature, generator)
             done.update(zip(batch, generated, strict=True))
         return [[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)]
 
     def _generate(self, rows, max_new_tokens, temperature, generator):
-        """One batch, padded on the left so that all rows write in one column, and leave it when they end."""
-        distinct = list(dict.fromkeys(rows))
-        number, P = {prompt: i for i, prompt in enumerate(distinct)}, max(map(len, distinct))
-        ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in distinct], device=self.device)
-        begin = torch.tensor([[P - len(p)] for p in distinct], device=self.device)
+        """One batch. Padding follows what all prompts begin with, so that all rows write in one column."""
+        distinct = list(dict.fromkeys(rows))  # the longest first
+        number, P = {prompt: i for i, prompt in enumerate(distinct)}, len(distinct[0])
+        c = min(len(commonprefix(distinct)), len(distinct[-1]) - 1) if self.packs and len(distinct) > 1 else 0
+        c *= c >= 16  # shorter ones are not worth a pass of their own
+        ids = torch.tensor([[*p[:c], *[0] * (P - len(p)), *p[c:]] for p in distinct], device=self.device)
         columns = torch.arange(P + max_new_tokens, device=self.device)
-        visible, positions = columns >= begin, (columns[:P] - begin).clamp(min=0)
+        gap = torch.tensor([[P - len(p)] for p in distinct], device=self.device) * (columns >= c)
+        positions, visible = (columns - gap).clamp(min=0), (columns < c) | (columns >= c + gap)
+        owners = torch.tensor([number[p] for p in rows], device=self.device)  # the prompt of each row
         alive = torch.arange(len(rows), device=self.device)  # the rows still being written
         tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=self.device)
         logps, lengths = tokens.float(), torch.zeros_like(alive)
-        cache = transformers.DynamicCache(config=self.model.config)
+        cache, shared = transformers.DynamicCache(config=self.model.config), {}
+        if c:
+            self.model.base_model(input_ids=ids[:1, :c], past_key_values=cache, use_cache=True)
+            cache.reorder_cache(torch.zeros_like(ids[:, 0]))
+        ids, positions = ids[:, c:], positions[:, c:P]
         for t in range(max_new_tokens):
-            logits = self.model(input_ids=ids, attention_mask=visible[:, :P + t], position_ids=positions,
-                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            attention = shared["prompts"].visible[:, None, None] if shared else visible[:, :P + t]
+            logits = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                                use_cache=True, logits_to_keep=1, **shared).logits[:, -1]
             if t == 0:  # from here on one row a completion
-                copies = torch.tensor([number[p] for p in rows], device=self.device)
-                logits, visible, positions = logits[copies], visible[copies], positions[copies]
-                cache.reorder_cache(copies)  # selects rows in every layer: repeats here, drops below
+                logits, positions = logits[owners], positions[owners]
+                if self.packs:
+                    shared["prompts"] = SharedPrompts(cache, visible[:, :P], owners)
+                    cache = transformers.DynamicCache(config=self.model.config)
+                else:
+                    visible = visible[owners]
+                    cache.reorder_cache(owners)
             token, logp = draw(logits, temperature, generator)
             tokens[alive, t], logps[alive, t], lengths[alive] = token, logp, t + 1
             keep = (~torch.isin(token, self.eos)).nonzero().squeeze(1)
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):
-                alive, token, visible, positions = alive[keep], token[keep], visible[keep], positions[keep]
+                alive, token, positions = alive[keep], token[keep], positions[keep]
                 cache.reorder_cache(keep)
+                if self.packs:
+                    shared["prompts"].assign(shared["prompts"].owners[keep])
+                else:
+                    visible = visible[keep]
             ids, positions = token[:, None], positions[:, -1:] + 1
         if logps.isnan().any():
             raise UsageError("the model gives nan for the next token: its weights have diverged, or do not fit its "
@@ -388,8 +416,21 @@ class Policy:
         logp, entropy = token_scores(self.hidden(layout), self.head, layout.targets, temperature)
         return Scores(spread(logp, layout.mask), spread(entropy, layout.mask), layout.mask)
 
-    def micro_batches(self, prompts, completions, max_tokens: int) -> list[list[int]]:
-        """Indices of groups for calls of `score` within max_tokens, padding counted, or of one group."""
+    def room(self) -> int:
+        """Tokens of one forward and backward pass: those a GPU's free memory should hold, by a cautious guess."""
+        if self.device.type != "cuda":
+            return 2**12
+        memory = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        # Of a token, backward needs the input of each linear layer, for A in float32, and about three times its output.
+        size = sum(4 * x.base.in_features + 6 * x.base.out_features for x in self.layers.values())
+        if self.checkpoints:  # of one layer at a time, with its gradient, and the input of every layer
+            depth = self.model.config.num_hidden_layers
+            size = 2 * size / depth + self.head.weight.itemsize * self.head.in_features * depth
+        return int(0.7 * memory / size)
+
+    def micro_batches(self, prompts, completions, max_tokens: int = 0) -> list[list[int]]:
+        """Indices of groups for calls of `score` within max_tokens, padding counted, or of one group. 0: what fits."""
+        max_tokens = max_tokens or self.room()
         sizes = [len(p) + sum(map(len, cs)) if self.packs else len(cs) * (len(p) + max(map(len, cs)))
                  for p, cs in zip(prompts, completions, strict=True)]
         batches = []
@@ -419,7 +460,7 @@ def read_adapter(folder):
 
 def main(argv=None) -> None:
     """Shows what the tiny model writes, how likely it finds that, and what LoRA changes: nothing while it is off."""
-    from run import Parser  # here: run.py comes after this file
+    from flags import Parser  # here: flags.py comes after this file
     Parser(description="Shows samples of the tiny model, their log-probs, and what LoRA changes.").parse_args(argv)
     torch.manual_seed(0)
     policy = Policy.load(TINY)
@@ -443,5 +484,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from run import exit_cleanly
+    from flags import exit_cleanly
     exit_cleanly(main)

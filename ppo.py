@@ -34,8 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TINY
+from flags import Parser, exit_cleanly
 from policy import Completion, Policy, pad_right, spread
-from run import Parser, Run, exit_cleanly, first_not_finite, read_rows, restore, save, seed_everything, writing
+from run import Run, first_not_finite, read_rows, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Config:
     temperature: float = 1.0
     max_new_tokens: int = 128
     grad_clip: float = 1.0
-    micro_batch_tokens: int = 16384  # of one forward and backward pass; lower it if memory runs out
+    micro_batch_tokens: int = 0  # of one forward and backward pass; 0: what fits, see `Policy.room`
     checkpoint_every: int = 10  # steps
     seed: int = 0
 

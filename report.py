@@ -1,5 +1,5 @@
 """
-What is reported of answers: scores, intervals, tables, comparisons, plots. Knows of no model: everything here is
+What is reported of answers: scores, intervals, tables, comparisons. Knows of no model: everything here is
 computed from lines, one for each answer a system gave, as they stand in FILE.predictions.jsonl:
 
     {"system": "base", "dialogue": "conv-41", "question": "conv-41:7", "category": 2, "text": "When did ...",
@@ -208,50 +208,6 @@ def tables(rows: Sequence[dict], with_paper: bool, at_once: int) -> str:
              table(rows, COSTS)]
     batches = "" if at_once == 1 else f"(shares of batches of up to {at_once}: --at-once 1 times single calls)\n"
     return "\n\n".join(parts) + "\n" + batches
-
-
-def plot(path: str | Path, tables: Sequence[Sequence[dict]]) -> None:
-    """F1 by category as bars, a panel for every table; F1 by memories shown as curves, where several were tried."""
-    try:
-        from matplotlib import colormaps  # an extra, and slow to load
-        from matplotlib.figure import Figure
-    except ImportError:
-        return note("no plot without matplotlib: pip install matplotlib")
-    panels = [(draw_bars, rows) for rows in tables]
-    panels += [(draw_curves, rows) for rows in tables if len({row["memories"] for row in rows}) > 1]
-    figure = Figure(figsize=(10, 0.5 + 3.5 * len(panels)), layout="constrained")
-    for ax, (draw, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        ax.set_prop_cycle(color=colormaps["tab20"].colors)
-        draw(ax, rows)
-        ax.set_ylabel("F1")
-        ax.set_ylim(bottom=0)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_bars(ax, rows: Sequence[dict]) -> None:
-    """A group of bars for every category, a bar for every system, with its interval."""
-    width = 0.8 / len(rows)
-    for i, row in enumerate(rows):
-        parts = [*row["by_category"].values(), row["overall"]]
-        values, low, high = np.array([(part["f1"], *part["interval"]["f1"]) for part in parts]).T
-        ax.bar(np.arange(len(parts)) + width * i, values, width, label=row["system"], align="edge",
-               yerr=np.maximum([values - low, high - values], 0), ecolor="grey")
-    names = [f"{number} {NAMES[number][0]}".replace(" ", "\n", 1) for number in rows[0]["by_category"]]
-    ax.set_xticks(np.arange(len(names) + 1) + 0.4, [*names, "overall"])
-
-
-def draw_curves(ax, rows: Sequence[dict]) -> None:
-    """A line for every system that was shown several numbers of memories."""
-    for source, agent in dict.fromkeys((row["source"], row["answer"]) for row in rows):
-        same = sorted((row for row in rows if (row["source"], row["answer"]) == (source, agent)),
-                      key=lambda row: row["memories"])
-        if len(same) > 1:
-            ax.plot([row["memories"] for row in same], [row["overall"]["f1"] for row in same], "o-",
-                    label=same[0]["system"].split(",")[0])
-    ax.set_xticks(sorted({row["memories"] for row in rows}))
-    ax.set_xlabel("memories shown")
 
 
 # ------------------------------------------------------------------------------------------------ files

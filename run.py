@@ -7,14 +7,12 @@ Knows of no algorithm: a training loop hands it numbers, rows and tensors.
     run.log({"step": 1, "reward": 0.7})        # a line of metrics.jsonl
     run.samples([{"step": 1, "prompt": ...}])  # lines of samples.jsonl
     run.save(1, tensors, state)                # checkpoint/step-00001, after all that belongs to step 1
-    plot(run.folder)                           # curve.png
 
 A kill at any moment costs what came after the last `save`: on resume the lines of later steps are dropped,
 so a run that was killed and resumed leaves the same numbers as one that was not. Ctrl-C costs nothing: the step
 ends, and a checkpoint is written.
 """
 import argparse
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +22,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -37,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from tqdm import tqdm
 
-from data import TINY, UsageError
+from data import UsageError
 
 try:
     import fcntl
@@ -54,147 +51,6 @@ COLUMNS = {  # of a line on the terminal
     "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
-# Okabe and Ito's colours, told apart by the colour-blind, and in print by how dark they are
-BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
-EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
-ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
-
-
-# What a flag is worth if it is not given: on synthetic talk, on real benchmarks; with the tiny model, with others; by
-# algorithm. The learning rate is the algorithm's, for the tiny model and for others.
-BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "named_only": (True, False),
-           "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
-BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256),
-            "micro_batch_tokens": (4096, 16384)}
-ALGORITHMS = ("grpo", "ppo", "sft")
-BY_ALGORITHM = {"group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
-LR = {"grpo": (3e-3, 2e-5), "ppo": (1e-3, 2e-5), "sft": (3e-3, 1e-4)}
-
-
-class Help(argparse.HelpFormatter):
-    """Help for a terminal: numbers are N or X, whatever their flags are called; examples stay as they are."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
-    def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
-
-    def _fill_text(self, text, width, indent):
-        return text if "\n  " in text else super()._fill_text(text, width, indent)
-
-
-class Parser(argparse.ArgumentParser):
-    """The flags of a script. A mistake costs one line, which names the flag or choice that was probably meant."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
-
-    def error(self, message):
-        known = [*self._option_string_actions, *(word for one in self._actions for word in one.choices or ())]
-        wrong = re.findall(r"--[\w-]+", message.partition("arguments: ")[2]) or re.findall(r"choice: '(.*?)'", message)
-        near = [word for one in wrong for word in difflib.get_close_matches(one, known, n=1)]
-        hint = f"did you mean {' and '.join(near)}? " if near else ""
-        self.exit(2, f"{self.prog}: error: {message}; {hint}python {self.prog} --help lists all\n")
-
-
-def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
-    """The flags that both training scripts have. None as a default: `fill_defaults` knows."""
-    parser.set_defaults(agent=agent)
-    add = parser.add_argument_group("the run").add_argument
-    add("--algo", choices=ALGORITHMS, default="grpo", help="the algorithm; sft for the Manager alone (grpo)")
-    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file of one, or a "
-        "transcript of your own: see data/transcript.py (synthetic)")
-    add("--out", metavar="DIR", help="the run's folder (runs/AGENT-ALGO)")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--seed", type=int, default=0, help="of everything random (0)")
-    add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
-    add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (Manager 32, Answer "
-        "Agent 8; real data 1)")
-    add = parser.add_argument_group("reinforcement").add_argument
-    add("--steps", type=int, default=90, help="batches of rollouts (90)")
-    add("--batch-size", type=int, default=24, help="prompts a step (24)")
-    add("--group-size", type=int, help="completions of each prompt (grpo 8, ppo 4)")
-    add("--reward", choices=("em", "f1", "judge", "composite"), default="em",
-        help="how an answer is scored; em is the paper's (em)")
-    add("--judge", default="endpoint", help="of --reward judge: endpoint (JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the "
-        "environment), base (this run's own model), or a model's hub id or folder (endpoint)")
-    add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
-    add("--minibatch", type=int, help="prompts per optimizer step, 0 for all (grpo 0, ppo 6)")
-    add("--lr", type=float,
-        help="peak learning rate (tiny model: grpo and sft 3e-3, ppo 1e-3; others: grpo and ppo 2e-5, sft 1e-4)")
-    add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
-    add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
-    add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
-    add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
-    add("--loss-mean", choices=("completion", "token"),
-        help="mean over a completion's tokens, then over completions, as published, or over all tokens (synthetic: "
-             "token, real data: completion)")
-    add("--temperature", type=float, default=1.0, help="of sampling in training; evaluation is greedy (1.0)")
-    add("--critic-lr", type=float, help="ppo: peak learning rate of the critic (twice --lr)")
-    add("--gamma", type=float, default=1.0, help="ppo: discount (1.0)")
-    add("--lam", type=float, default=1.0, help="ppo: lambda of GAE (1.0)")
-    add("--value-clip", type=float, default=0.2, help="ppo: values move at most this far in a step, 0: no limit (0.2)")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of a gradient (1.0)")
-    add("--checkpoint-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints (10)")
-    add = parser.add_argument_group("model and memory").add_argument
-    add("--rank", type=int, default=16, help="of LoRA (16)")
-    add("--alpha", type=float, default=32.0, help="of LoRA; updates are scaled by alpha / rank (32)")
-    add("--max-prompt-tokens", type=int,
-        help="longer prompts lose their least similar memories (1024; other models 4096)")
-    add("--max-new-tokens", type=int, help="of a trained agent's output (Manager 80, Answer Agent 200; other "
-        "models 512, 256)")
-    add("--micro-batch-tokens", type=int, help="of one forward and backward pass (4096; other models 16384)")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")
-    add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
-    add("--memories", type=int, help="memories an answer may draw on, half for each speaker (Manager's "
-        "reward 4, Answer Agent 20; real data 60)")
-    add("--named-only", action=argparse.BooleanOptionalAction, default=None,
-        help="search only the memories of the speaker a question names (Manager's reward on synthetic "
-             "talk: yes, else no)")
-    add("--floor", type=float, help="show no memory less similar to the question than this, 0 to 1 (none)")
-    add("--extract", action=argparse.BooleanOptionalAction, default=None,
-        help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
-
-
-def fill_defaults(args: argparse.Namespace, by_data=(), by_model=(), by_algorithm=()) -> argparse.Namespace:
-    """Fills what depends on other flags, first from an agent's own tables; refuses numbers that make no sense."""
-    is_other = Path(args.model).resolve() != TINY.resolve()
-    for defaults, column in ((BY_DATA | dict(by_data), args.data != "synthetic"),
-                             (BY_MODEL | {"lr": LR[args.algo]} | dict(by_model), is_other),
-                             (BY_ALGORITHM | dict(by_algorithm), ALGORITHMS.index(args.algo))):
-        for name, values in defaults.items():
-            if getattr(args, name, 0) is None:
-                setattr(args, name, values[column])
-    args.critic_lr = 2 * args.lr if args.critic_lr is None else args.critic_lr
-    args.out = args.out or f"runs/{args.agent}-{args.algo}"
-    siblings = 2 if args.algo == "grpo" else 1  # GRPO alone compares a sample with its siblings
-    least = {"steps": 1, "batch_size": 1, "group_size": siblings, "epochs": 1, "minibatch": 0, "warmup": 0, "clip": 0,
-             "beta": 0, "grad_clip": 0, "checkpoint_every": 1, "rank": 1, "max_prompt_tokens": 16, "max_new_tokens": 1,
-             "max_answer_tokens": 1, "micro_batch_tokens": 1, "memories": 1, "eval": 0, "lr": 0, "top_k": 0,
-             "window": 0, "refresh": 1, "grow": 0, "max_operation_tokens": 1, "critic_lr": 0, "value_clip": 0,
-             "gamma": 0, "lam": 0, "floor": 0}
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a finite number")
-        if value is not None and value < least.get(name, value):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least[name]}")
-        if name in ("gamma", "lam", "floor") and value is not None and value > 1:
-            raise UsageError(f"--{name} {value}: must be at most 1")
-    if args.temperature <= 0:
-        raise UsageError(f"--temperature {args.temperature}: must be above 0, or all samples of a group are the same")
-    return args
-
-
-def usual(model: str) -> dict:
-    """The settings that suit a model in conversation: those of synthetic talk for the tiny one, of real data else."""
-    is_other = Path(model).resolve() != TINY.resolve()
-    return {name: values[is_other] for name, values in (BY_DATA | BY_MODEL).items()}
-
-
 def train(algorithm, policy, task, args: argparse.Namespace) -> None:
     """A whole run in its folder, by `algorithm`: a module with a `Config` and a `train`."""
     with locked(Path(args.out)):
@@ -202,32 +58,7 @@ def train(algorithm, policy, task, args: argparse.Namespace) -> None:
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
         config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
         algorithm.train(policy, task, run, args.agent, config)
-        plot(run.folder)
     print(f"adapter, metrics and samples are in {run.folder}")
-
-
-def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
-                 "--gradient-checkpointing", go_on="") -> None:
-    """
-    Runs a script's `main`: what the user can mend is one line and exit code 2, Ctrl-C is exit code 130. `less`: what to
-    lower if the GPU's memory does not suffice; `go_on`: how to go on, if not by --resume.
-    """
-    again = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    go_on, name = go_on or f"to go on: {shlex.join(['python', *again, '--resume'])}", Path(sys.argv[0]).name
-    try:
-        main()
-    except UsageError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: error: {str(error).split('. GPU')[0]}: lower {less}; {go_on}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # who read the output, `head` for one, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print(f"\nstopped; {go_on}", file=sys.stderr)
-        sys.exit(130)
 
 
 def seed_everything(seed: int):
@@ -602,65 +433,3 @@ def restore(run: Run, task, parameters, optimizer, rng) -> int | None:
     restore_random_state(state["random"], rng=rng)
     task.state = state.get("task", {})  # the first checkpoints had none
     return step
-
-
-def plot(folder: str | Path) -> Path | None:
-    """Draws metrics.jsonl into curve.png: reward or loss, KL, and the Manager's operations and bank."""
-    try:
-        from matplotlib.figure import Figure  # an extra, and slow to load
-    except ImportError:
-        note("no curve.png without matplotlib: pip install matplotlib")
-        return None
-    rows = read_rows(Path(folder) / "metrics.jsonl")
-    held_out = [row for row in rows if row.get("eval") in ("untrained", "trained")]
-    rows = [row for row in rows if "eval" not in row]
-    labels = {"reward": "reward", "loss": "loss\n(nats per token)", "kl": "KL to reference\n(nats per token)",
-              "ops": "operations\n(share)", "bank_size": "bank size\n(memories)"}
-    panels = [key for key in labels if any(row.get(key) is not None for row in rows)]
-    if not panels:
-        return None
-    figure = Figure(figsize=(7, 0.6 + 2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for ax, key in zip(axes, panels, strict=True):
-        draw_shares(ax, rows) if key == "ops" else draw_curve(ax, rows, key)
-        ax.set_ylabel(labels[key])
-        ax.spines[["top", "right"]].set_visible(False)
-    if held_out and panels[0] == "reward":
-        steps, em = column(held_out, "step"), column(held_out, "em")
-        axes[0].plot(steps, em, "kD", clip_on=False, label="held-out EM")
-    axes[0].legend(**ABOVE)
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.align_ylabels(axes)
-    with writing(folder):
-        figure.savefig(Path(folder) / "curve.png", dpi=150)
-    return Path(folder) / "curve.png"
-
-
-def draw_curve(ax, rows, key):
-    """The values as measured, thin, and smoothed over a tenth of the run, thick."""
-    ax.plot(column(rows, "step"), column(rows, key), color=SKY, linewidth=0.8, label="each step")
-    ax.plot(column(rows, "step"), smooth(column(rows, key)), color=BLUE, linewidth=2, label="smoothed")
-    ax.margins(x=0.01)
-
-
-def draw_shares(ax, rows):
-    """How the operations divide, smoothed and stacked to 1."""
-    ops = [row.get("ops") or {} for row in rows]
-    counts = [smooth(column(ops, event, missing=0)) for event in EVENTS]
-    shares = np.stack(counts) / np.maximum(np.sum(counts, axis=0), 1e-9)
-    ax.stackplot(column(rows, "step"), shares, colors=EVENTS.values(), labels=EVENTS, edgecolor="white")
-    ax.set_ylim(0, 1)
-    ax.legend(**ABOVE)
-
-
-def column(rows, key, missing=math.nan):
-    return np.array([missing if row.get(key) is None else row[key] for row in rows], dtype=float)
-
-
-def smooth(values):
-    """The mean over a window around each step, of the values that are there."""
-    window, is_there = np.ones(max(1, len(values) // 10)), np.isfinite(values)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where none is
-        return (np.convolve(np.where(is_there, values, 0), window, "same")
-                / np.convolve(is_there, window, "same"))

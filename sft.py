@@ -31,7 +31,7 @@ class Config:
     warmup: int = 5  # steps until the learning rate is reached
     schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant"
     grad_clip: float = 1.0
-    micro_batch_tokens: int = 16384  # of one forward and backward pass; lower it if memory runs out
+    micro_batch_tokens: int = 0  # of one forward and backward pass; 0: what fits, see `Policy.room`
     checkpoint_every: int = 10  # steps
     seed: int = 0  # of the order
 

@@ -22,10 +22,12 @@ import grpo
 import manager
 import ppo
 from data import Dialogue, Question, UsageError
+from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
 from judge import make_scorer
 from memory import MemoryBank, make_embedder
+from plots import plot_run
 from policy import Policy
-from run import Parser, add_shared_flags, check_out, exit_cleanly, fill_defaults, seed_everything, train
+from run import check_out, seed_everything, train
 
 NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
 NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each
@@ -180,6 +182,7 @@ def main(argv=None) -> None:
         policy.load_adapter("manager", args.manager_adapter)
     policy.add_adapter("answer", args.rank, args.alpha)
     train({"grpo": grpo, "ppo": ppo}[args.algo], policy, AnswerTask(policy, args), args)
+    plot_run(args.out)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ import manager
 import ppo
 import sft
 from data import TINY, Dialogue, Question, Turn, UsageError
+from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
 from judge import Endpoint, Hosted, Kept, make_scorer
 from memory import MemoryBank, make_embedder
+from plots import plot_run
 from policy import Policy
-from run import Parser, add_shared_flags, check_out, exit_cleanly, fill_defaults, seed_everything, train
+from run import check_out, seed_everything, train
 
 REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # of a hosted teacher
 
@@ -295,6 +297,7 @@ def main(argv=None) -> None:
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
     train({"grpo": grpo, "ppo": ppo, "sft": sft}[args.algo], policy, ManagerTask(policy, args), args)
+    plot_run(args.out)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import evaluate
 import train_answer
 import train_manager
 from data import TINY
+from flags import exit_cleanly
 from policy import Policy
-from run import exit_cleanly, read_rows
+from run import read_rows
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate}

@@ -235,7 +235,7 @@ def test_pack_by_hand():
     assert layout.ids.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
     assert layout.positions[0].tolist() == [0, 1, 2, 3, 2] and layout.positions[1, :2].tolist() == [0, 1]
     assert layout.attention[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+        [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]  # the first token is prompt in both rows
     assert layout.where.tolist() == [1, 2, 1, 5] and layout.targets.tolist() == [7, 8, 9, 4]
     assert layout.mask.int().tolist() == [[1, 1], [1, 0], [0, 0], [1, 0]]
     assert layout.attention.any(-1).all(), "a row that sees nothing gives NaN in some kernels"
@@ -291,6 +291,35 @@ def test_chunks_change_nothing_and_the_slope_is_the_gradient(bias):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_packed_bfloat16_scores_are_as_close_as_padded_ones(load, kind):
+    with load(kind).using("manager") as policy:
+        exact = policy.score(PROMPTS, COMPLETIONS).logp
+    with load(kind, dtype="bfloat16").using("manager") as policy:
+        packed, padded = (policy.score(PROMPTS, COMPLETIONS, padded=way).logp for way in (False, True))
+    assert (packed - exact).abs().mean() < 1.5 * (padded - exact).abs().mean() < 0.15
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_room_is_for_what_the_backward_pass_keeps(load, monkeypatch, checkpointing):
+    policy, kept = load("llama", dtype="bfloat16", gradient_checkpointing=checkpointing), {}
+    assert policy.room() == 4096
+    weights = {x.untyped_storage().data_ptr() for x in [*policy.model.parameters(), *policy.parameters("manager")]}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+    with policy.using("manager"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        policy.score([list(range(3, 60))], [[[5] * 30] * 2])
+    num_bytes = sum(x.nbytes() for address, x in kept.items() if address not in weights)
+    monkeypatch.setattr(policy, "device", torch.device("cuda"))
+    of_torch = {"mem_get_info": (6 * 10**8, 10**9), "memory_reserved": 5 * 10**8, "memory_allocated": 10**8}
+    for name, value in of_torch.items():  # a GB is free, as 0.4 of it are torch's but not in use
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    held = policy.room() * num_bytes / (57 + 60)
+    assert (0 if checkpointing else 0.4) * 10**9 < held < 0.9 * 10**9  # checkpointing needs the rest to compute again
+
+
 @pytest.mark.parametrize("kind, budget, number", [
     ("qwen2", 30, 6), ("qwen2", 10**6, 1), ("qwen2", 1, 9), ("mistral-window", 70, 7)])
 def test_micro_batches_hold_every_group_once_within_the_budget(load, kind, budget, number):
@@ -337,12 +366,32 @@ def test_greedy_equals_generate(load, kind):
     assert {completion.finished for [completion] in groups} == {True, False}
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama-untied", "mistral-window"])
+def test_what_all_prompts_begin_with_is_read_once(load, kind):
+    policy, begin = load(kind), list(range(3, 23))
+    prompts = [[*begin, 40, 41, 42, 43], begin, [*begin, 40, 50]]  # one is the beginning of the others
+    seen = watch(policy)
+    policy.model.base_model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    torch.manual_seed(0)
+    with policy.using("manager"), torch.no_grad():
+        groups = policy.sample(prompts, n=6, max_new_tokens=12)
+        scores = policy.score(prompts, [[c.ids for c in group] for group in groups], padded=True)
+    logps = [logp for group in groups for c in group for logp in c.logps]
+    torch.testing.assert_close(torch.tensor(logps), scores.logp[scores.mask], atol=1e-5, rtol=0)
+    passes = [shape for shape in seen if isinstance(shape[0], int)]
+    assert passes[:2] == ([(1, 19), (3, 5)] if policy.packs else [(3, 24), (18, 1)])
+
+
 def watch(policy):
     """The (shape of the ids, positions) of every forward pass of `sample` from here on."""
     seen, before = [], policy.model.forward
 
     def forward(**inputs):
         seen.append((tuple(inputs["input_ids"].shape), inputs["position_ids"].tolist()))
+        if "prompts" in inputs:  # no other prompts are read than those that are still continued
+            assert sorted(set(inputs["prompts"].owners.tolist())) == list(range(len(inputs["prompts"].visible)))
+            assert inputs["prompts"].cache.layers[0].keys.shape[0] == len(inputs["prompts"].visible)
         return before(**inputs)
     policy.model.forward = forward
     return seen

@@ -15,7 +15,8 @@ import torch
 
 import run as runs
 from data import UsageError
-from run import Run, optimizer_tensors, plot, read_rows, restore_optimizer
+from plots import plot_run, plot_runs, read_run, table_of_runs
+from run import Run, optimizer_tensors, read_rows, restore_optimizer
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
 
@@ -144,13 +145,13 @@ def test_killed_before_every_change_on_disk(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_sigkill_at_random_moments(tmp_path):
-    seen = set()
+    seen, config = set(), CONFIG | {"steps": 10**6}
     for trial in range(12):
         before = set(tmp_path.glob("checkpoint/step-*"))
         child = os.fork()
         if child == 0:
             try:
-                run = Run(tmp_path, CONFIG, resume=True)
+                run = Run(tmp_path, config, resume=True)
                 for step in range(run.load()[0] + 1 if run.load() else 1, 10**6):
                     run.log({"step": step})
                     save(run, step)
@@ -162,7 +163,7 @@ def test_sigkill_at_random_moments(tmp_path):
         time.sleep(random.Random(trial).random() / 10)
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
-        found = Run(tmp_path, CONFIG, resume=True).load()
+        found = Run(tmp_path, config, resume=True).load()
         if found:
             assert_loads(found, found[0])
             steps = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]
@@ -261,15 +262,33 @@ def test_seed_everything():
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     run = Run(tmp_path, CONFIG)
-    assert plot(tmp_path) is None  # nothing to draw
+    assert plot_run(tmp_path) is None  # nothing to draw
     run.log({"step": 0, "eval": "untrained", "em": 0.1})
     for step in range(1, 5):
         run.log({"step": step, "reward": step / 5, "kl": math.nan, "ops": {"ADD": step}, "bank_size": 9})
-        assert plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+        assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     runs.note.cache_clear()
-    assert plot(tmp_path) is None and plot(tmp_path) is None
+    Run(tmp_path, CONFIG).log({"step": 1, "reward": 1.0})
+    assert plot_run(tmp_path) is None and plot_run(tmp_path) is None
     assert capsys.readouterr().err.count("pip install matplotlib") == 1
+
+
+def test_runs_side_by_side(tmp_path):
+    for name, algorithm, em in (("a", "grpo", 0.5), ("b", "ppo", 0.75)):
+        run = Run(tmp_path / name, CONFIG | {"agent": "manager", "algo": algorithm})
+        for step in range(1, 13):
+            run.log({"step": step, "reward": step / 12, "seconds": 30,
+                     **({"explained_variance": step / 20} if algorithm == "ppo" else {})})
+        run.log({"step": 12, "eval": "trained", "em": em, "bank_size": 8.5})
+    found = [read_run(tmp_path / name) for name in "ab"]
+    assert table_of_runs(found).splitlines()[2:] == [  # 12 steps of half a minute; the mean of .15, .20, ... .60
+        "| a: trained | 0.500 | 8.500 | 6.0 |  |", "| b: trained | 0.750 | 8.500 | 6.0 | 0.38 |"]
+    with pytest.raises(UsageError, match="is not a run's folder"):
+        read_run(tmp_path)
+    pytest.importorskip("matplotlib")
+    plot_runs(found, tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")

@@ -50,7 +50,7 @@ def made(short_conversations):
 
 def run_script(*args, env=None, timeout=400):
     """The script in a process of its own, on short conversations."""
-    code = ("import sys, train_answer; from run import exit_cleanly; "
+    code = ("import sys, train_answer; from flags import exit_cleanly; "
             "train_answer.NUM_TURNS, train_answer.NUM_DIALOGUES = 12, 2; exit_cleanly(train_answer.main)")
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True, capture_output=True,
                           timeout=timeout, env={**os.environ, **(env or {})})

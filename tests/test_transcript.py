@@ -103,6 +103,8 @@ def test_evidence_links_questions_to_turns_and_their_category_has_a_name(load):
      'entry 0: question 2: "answer" is not text or a number'),
     (json.dumps(edited(ENTRY, "questions", 0, "evidence", value=[5])),
      'entry 0: question 1: "evidence" has 5, not the number of a turn, 1 to 4'),
+    (json.dumps(edited(ENTRY, "questions", 0, "evidence", value=[0])),
+     'entry 0: question 1: "evidence" has 0, not the number of a turn, 1 to 4'),
     (json.dumps(edited(ENTRY, "questions", 0, "evidence", value=[True])),
      'entry 0: question 1: "evidence" has True, not the number of a turn, 1 to 4'),
 ])

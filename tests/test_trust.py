@@ -17,8 +17,9 @@ import grpo
 import ppo
 import run as runs
 from data import UsageError
+from flags import exit_cleanly
 from memory import MemoryBank, make_embedder
-from run import Run, exit_cleanly, locked, read_rows, seed_everything
+from run import Run, locked, read_rows, seed_everything
 
 ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("algorithm", [grpo, ppo], ids=["grpo", "ppo"])

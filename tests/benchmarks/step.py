@@ -8,7 +8,8 @@ One GRPO step of ours against TRL's GRPOTrainer: the same model, LoRA, prompts, 
 `trl` is TRL as installed. On a CPU it runs the head over every position, prompts too; `trl-compact` has that switched
 to completion positions, as on a GPU, and is the fair comparison. A step: sample G completions of each of two prompts
 (no EOS), random rewards, score, one optimizer step. Each trainer is a process of its own, for its peak of memory; they
-take turns. Seconds are CPU seconds on a CPU. Memory is the peak above what was there before the first step.
+take turns. Seconds are CPU seconds on a CPU. Memory is the peak above what was there before the first step. With
+`--trainers ours ours-2G` the second has groups twice as large.
 """
 import argparse
 import json
@@ -135,7 +136,8 @@ def main():
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return {"ours": ours}.get(args.child, trl)(args, *build(args.size))
+        args.group *= 2 if args.child == "ours-2G" else 1
+        return (ours if args.child.startswith("ours") else trl)(args, *build(args.size))
     if not find_spec("trl"):
         sys.exit("step.py: trl is not installed here: pip install trl==1.16, in a virtual environment of its own")
     print(f"{args.size}, P = {args.prompt}, G = {args.group}, C = {args.completion}, beta {args.beta}", flush=True)
