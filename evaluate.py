@@ -28,24 +28,20 @@ import answer
 import data
 import manager
 import report
-from data import TINY, Dialogue, Question, UsageError, longmemeval
+from data import TINY, Dialogue, Question, UsageError
 from flags import BY_DATA, BY_MODEL, Parser, exit_cleanly
-from judge import Endpoint, Hosted, make_judge
+from judge import Endpoint, Hosted, gold_of, make_judge
 from memory import Memory, MemoryBank, make_embedder
 from plots import plot_evaluation
 from policy import Policy
 from report import scores
-from run import append, note, seed_everything, tidy, write, writing
+from run import append, note, seed_everything, tidy
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
 SHORT = {"count": 32, "num_turns": 20, "memories": 4, "named_only": True, "max_answer_tokens": 48}
 LONG = {"count": 8, "num_turns": 100, "memories": 20, "named_only": False, "max_answer_tokens": 200}
 REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
-RUBRICS = {  # of LongMemEval's judge, by category
-    12: "this describes a good answer, which need not meet every point",
-    15: "an answer that names an earlier state too is right if it names this one as the present",
-    16: "off by one day, week or month is right as well"}
 LONG_LIMIT = 150  # questions to the Answer Agents in runs/, which take longer
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
 SETTINGS = ("data", "split", "seed", "model", "dtype", "embedder", "top_k", "extract", "distill", "floor", "reranker",
@@ -92,7 +88,8 @@ def systems_of(args, setting: dict, sources, answers) -> list[System]:
 def in_runs(policy, agent: str) -> list[str]:
     """The folders in runs/ with an adapter for this agent and this model, which are loaded."""
     found = []
-    for folder in sorted(str(path.parent.parent) for path in Path("runs").glob(f"{agent}-*/adapter/*_config.json")):
+    for path in sorted(Path("runs").glob(f"{agent}-*/adapter/adapter_config.json")):
+        folder = str(path.parents[1])
         try:
             policy.load_adapter(folder, folder)
             found.append(folder)
@@ -131,14 +128,15 @@ def asked(args, setting: dict, limit: int | None) -> list[Dialogue]:
     known = sorted({question.category for _, question in final})
     if not final:
         raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
-    if args.paper and (args.data == "synthetic" or known[-1] > 5):
-        raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo")
+    if args.paper and (args.data == "synthetic" or known[-1] > 5 or args.split != "test"):
+        raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo, and no other --split")
     for number in args.category or []:
         if number not in known:
             raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
     chosen = [pair for pair in final if pair[1].category in (args.category or known)]
-    if limit:  # where every question has a dialogue of its own they are sorted by category: take some of each
-        chosen = chosen[::max(1, len(chosen) // limit) if len(final) == len(dialogues) else 1][:limit]
+    n, is_spread = len(chosen), len(final) == len(dialogues)  # one question each, sorted by category: take some of all
+    count = min(limit or n, n)
+    chosen = [chosen[i * n // count if is_spread else i] for i in range(count)]
     wanted: dict[str, list[Question]] = {}
     for dialogue, question in chosen:
         wanted.setdefault(dialogue, []).append(question)
@@ -198,17 +196,11 @@ def raw_bank(dialogue: Dialogue, source: str, embedder) -> MemoryBank | list[Mem
     if source == "full-context":
         return [Memory(i, text, " and ".join(dialogue.speakers), when) for i, (text, _, when) in enumerate(lines)]
     bank = MemoryBank(embedder)
-    for line in lines if source == "rag" else []:
-        bank.add(*line)
+    if source == "rag":
+        embedder.embed([text for text, *_ in lines])  # in one batch: `add` then finds them computed
+        for line in lines:
+            bank.add(*line)
     return bank
-
-
-def gold_of(line: dict) -> str:
-    """The right answer as a judge reads it: LongMemEval's judge has a rubric of its own for some types of question."""
-    rubric = RUBRICS.get(line["category"])
-    if line["category"] in longmemeval.CATEGORIES and line["dialogue"].endswith("_abs"):
-        rubric = "the question cannot be answered: right is whatever says so"
-    return f"{line['gold']} ({rubric})" if rubric else line["gold"]
 
 
 def digest(tensors) -> str:
@@ -231,42 +223,25 @@ class Evaluation:
         policy.tokenizer.model_max_length = 1 << 30  # prompts are cut to --max-prompt-tokens here: it need not warn
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
-        self.judge = None
-        if args.judge:
-            self.judge = make_judge(args.judge, policy, device=args.device, dtype=args.dtype)
+        self.judge = make_judge(args.judge, policy, device=args.device, dtype=args.dtype) if args.judge else None
         self.facts: dict[str, manager.Facts] = {}  # by the name of the model that lists them
         self.hosted = None
-        for agent in {agent for system in systems for agent in (system.source, system.answer)}:
+        for agent in dict.fromkeys(agent for system in systems for agent in (system.source, system.answer)):
             if agent == "endpoint":
                 self.hosted = Hosted(Endpoint.from_environment("MANAGER"))
             elif agent not in (*BASELINES, "base", *policy.adapters):
                 policy.load_adapter(agent, agent)
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {
             "dtype": str(policy.model.dtype), "weights": digest(one[:64] for one in policy.model.parameters())}
-        self.prints = {system: self.fingerprint(system) for system in systems}
-        self.lines = {report.key_of(line): line for line in self.kept_lines()} if args.out else {}
+        self.fingerprints = {system.system: self.fingerprint(system) for system in systems}
+        kept = report.kept_lines(args.out, self.fingerprints, self.settings) if args.out else []
+        self.lines = {report.key_of(line): line for line in kept}
 
     def fingerprint(self, system: System) -> str:
         """Of all that a system's answers hang on, trained weights included."""
         weights = [digest(self.policy.parameters(agent)) for agent in (system.source, system.answer)]
         hosted = self.hosted.name if system.source == "endpoint" else ""
         return hashlib.sha256(json.dumps([self.settings, asdict(system), weights, hosted]).encode()).hexdigest()[:16]
-
-    def kept_lines(self) -> list[dict]:
-        """The answers of a run that was stopped. Those of other settings are refused, a torn line is cut off."""
-        out, path = Path(self.args.out), report.predictions_of(self.args.out)
-        before = report.read_report(out)["settings"] if out.exists() else {}
-        lines, prints = report.read_lines(path), {system.system: one for system, one in self.prints.items()}
-        for line in lines:
-            if prints.get(line["system"], line["fingerprint"]) != line["fingerprint"]:
-                changed = [f"{name} was {before[name]}" for name, value in self.settings.items()
-                           if before.get(name, value) != value] or ["of what it was shown, or of its adapters"]
-                raise UsageError(f"{path}: {line['system']!r} was evaluated with other settings "
-                                 f"({', '.join(changed)}): choose another --out, or delete that file")
-        content = path.read_bytes() if path.exists() else b""
-        if not content.endswith(b"\n") and content:
-            write(path, content[:content.rfind(b"\n") + 1])
-        return lines
 
     def agent(self, name: str):
         """The model that plays an agent, and its adapter: None for LoRA off."""
@@ -345,22 +320,23 @@ class Evaluation:
 
     def line(self, system: System, dialogue, bank, about, question, prompt, completion, seconds) -> dict:
         given = answer.parse(completion.text)
-        return {"system": system.system, "fingerprint": self.prints[system], "dialogue": dialogue.id,
-                "question": question.id, "category": question.category, "text": question.text, "gold": question.answer,
-                "prediction": given.text, "is_valid": given.is_valid,
+        return {"system": system.system, "fingerprint": self.fingerprints[system.system],
+                "dialogue": dialogue.id, "question": question.id, "category": question.category, "text": question.text,
+                "gold": question.answer, "prediction": given.text, "is_valid": given.is_valid,
                 **scores(given.text, question.answer, question.category),
                 "selected": [prompt.shown[i - 1].text for i in given.selected if 1 <= i <= len(prompt.shown)],
                 "shown": len(prompt.shown), "dropped": prompt.dropped, "tokens": len(completion.ids),
-                "seconds": seconds, "bank": about}
+                "seconds": seconds, "at_once": self.args.at_once, "bank": about}
 
     def mark(self, lines: list[dict]) -> None:
         """Adds the judge's verdicts. It keeps them as they come, so that one who falls silent costs nothing twice."""
+        for line in lines:
+            line.pop("judge", None)  # it may be another's
         verdicts = self.judge([(line["text"], line["prediction"], gold_of(line)) for line in lines])
         for line, verdict in zip(lines, verdicts, strict=True):
-            line["judge"] = verdict
+            line |= {"judge": verdict, "judge_model": self.judge.model}
         if self.args.out:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines.values())
-            write(report.predictions_of(self.args.out), text.encode("utf-8", "replace"))
+            report.write_lines(self.args.out, self.lines.values())
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -373,9 +349,8 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def arguments(argv=None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
-                    epilog="examples:\n" + __doc__.split("\n\n")[1])
+def add_task_flags(parser: Parser) -> None:
+    """What is evaluated, and on which questions."""
     add = parser.add_argument_group("systems (none named: baselines, base, and all that is in runs/)").add_argument
     add("--manager", nargs="+", metavar="DIR", help="who keeps the bank: runs or adapters, base, or endpoint "
         "(MANAGER_URL, MANAGER_MODEL, MANAGER_API_KEY in the environment)")
@@ -393,6 +368,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--limit", type=int, metavar="N",
         help="only N of them: the first, or spread evenly where each has its own dialogue")
     add("--seed", type=int, default=1, help="of synthetic conversations and of intervals (1, as in training)")
+
+
+def add_other_flags(parser: Parser) -> None:
+    """With which model, and what becomes of the answers."""
     add = parser.add_argument_group("model and memory").add_argument
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
     add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
@@ -418,11 +397,15 @@ def arguments(argv=None) -> argparse.Namespace:
     add("--paper", action="store_true", help="print the paper's numbers on LoCoMo beside ours")
     add("--compare", nargs=2, metavar=("A.json", "B.json"),
         help="only compare two results, or two systems: A.json:SYSTEM")
-    return fill_defaults(parser.parse_args(argv))
 
 
-def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills what depends on data and model as the training scripts do; refuses what makes no sense."""
+def arguments(argv=None) -> argparse.Namespace:
+    """What depends on data and model is filled in as the training scripts do; what makes no sense is refused."""
+    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
+                    epilog="examples:\n" + __doc__.split("\n\n")[1])
+    add_task_flags(parser)
+    add_other_flags(parser)
+    args = parser.parse_args(argv)
     is_other, is_real = Path(args.model).resolve() != TINY.resolve(), args.data != "synthetic"
     for name, value in {"top_k": BY_DATA["top_k"][is_real], "extract": BY_DATA["extract"][is_real],
                         "max_prompt_tokens": BY_MODEL["max_prompt_tokens"][is_other],
@@ -445,24 +428,13 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def headline(args, dialogues: list[Dialogue], systems: list[System]) -> str:
-    num_turns, num_questions = (sum(len(getattr(one, part)) for one in dialogues) for part in ("turns", "questions"))
-    counts = " or ".join(str(count) for count in dict.fromkeys(system.memories for system in systems))
-    whose = "the person a question names" if systems[0].named_only else "both speakers"
-    return (f"{args.data}, split {args.split}: {num_questions} questions about {len(dialogues)} x "
-            f"{num_turns / len(dialogues):.0f} turns; shown: {counts} memories of {whose}\n")
-
-
 def save(args, evaluation: Evaluation, tables: list[list[dict]]) -> None:
     """FILE.json, replaced as a whole."""
     if args.out:
-        content = {"data": args.data, "split": args.split, "settings": evaluation.settings,
-                   "rows": [row for rows in tables for row in rows]}
-        if evaluation.judge:
-            content["judge"] = {"model": evaluation.judge.model, "unreadable": evaluation.judge.unreadable}
-        with writing(Path(args.out).parent):
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write(Path(args.out), (json.dumps(tidy(content), indent=1, ensure_ascii=False) + "\n").encode())
+        judge, rows = evaluation.judge, [row for rows in tables for row in rows]
+        about = {"judge": {"model": judge.model, "unreadable": judge.unreadable}} if judge else {}
+        report.write_report(args.out, {"data": args.data, "split": args.split, "settings": evaluation.settings,
+                                       "rows": rows, **about})
 
 
 def main(argv=None) -> None:
@@ -477,13 +449,14 @@ def main(argv=None) -> None:
     for dialogues, systems in planned:
         evaluation.fill(dialogues, systems)
         lines = {system: [evaluation.lines[key] for key in evaluation.places(system, dialogues)] for system in systems}
-        tables.append([report.row_of(asdict(system), lines[system], args.seed) for system in systems])
-        save(args, evaluation, tables)
-        if args.judge:
-            evaluation.mark([line for some in lines.values() for line in some])
-            tables[-1] = [report.row_of(asdict(system), lines[system], args.seed) for system in systems]
+        try:
+            if args.judge:
+                evaluation.mark([line for some in lines.values() for line in some])
+        finally:  # a judge that falls silent costs its column alone
+            tables.append([report.row_of(asdict(system), lines[system], args.seed) for system in systems])
             save(args, evaluation, tables)
-        print(headline(args, dialogues, systems), report.tables(tables[-1], args.paper, args.at_once), sep="\n")
+            print(report.headline(args.data, args.split, dialogues, tables[-1]))
+            print(report.tables(tables[-1], args.paper))
     print(report.LEGEND)
     if args.out:
         plot_evaluation(Path(args.out).with_suffix(".png"), tables)

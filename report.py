@@ -11,7 +11,7 @@ both names. F1 and BLEU-1 are Mem0's, which the paper most likely uses; LoCoMo's
 import json
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,9 +19,9 @@ import numpy as np
 
 import answer
 import data
-from data import UsageError, longmemeval, msc, transcript
+from data import Dialogue, UsageError, longmemeval, msc, transcript
 from manager import EVENTS
-from run import note
+from run import note, tidy, write, writing
 
 METRICS = ("em", "f1", "bleu1", "f1_locomo", "judge")
 NAMES = {  # the benchmark's name of a category and the paper's, in the paper's order; synthetic talk has LoCoMo's
@@ -119,7 +119,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def row_of(system: dict, lines: Sequence[dict], seed: int) -> dict:
-    """What is reported of a system, whose own fields come first."""
+    """What is reported of a system, whose own fields come first. The Manager's percentiles are means over banks."""
     banks = list({line["dialogue"]: line["bank"] for line in lines}.values())
     judged, calls = sum(bank.get("judged", 0) for bank in banks), [bank["calls"] for bank in banks if bank.get("calls")]
     spent = {part: [line["seconds"][part] for line in lines] for part in ("search", "answer")}
@@ -133,7 +133,8 @@ def row_of(system: dict, lines: Sequence[dict], seed: int) -> dict:
             "cut_rate": sum(line["dropped"] > 0 for line in lines) / len(lines),
             "manager_tokens": sum(bank.get("tokens", 0) for bank in banks),
             "answer_tokens": sum(line["tokens"] for line in lines),
-            "latency": {"manager": {share: float(np.mean([call[share] for call in calls])) for share in calls[0]}
+            "at_once": max(line.get("at_once", 1) for line in lines),
+            "latency": {"manager": {name: float(np.mean([call[name] for call in calls])) for name in calls[0]}
                         if calls else None, **{part: percentiles(some) for part, some in spent.items()}},
             "seconds": sum(bank.get("seconds", 0) for bank in banks) + sum(map(sum, spent.values()))}
 
@@ -149,6 +150,7 @@ def percent(part: dict, metric: str, with_interval: bool = True, form: str = ".1
 
 
 def share(value: float | None) -> str:
+    """43; 0 reads -, like what was not measured: most are."""
     return f"{100 * value:.0f}" if value else "-"
 
 
@@ -202,10 +204,20 @@ def category_table(rows: Sequence[dict]) -> str:
     return aligned([*zip(*heads, strict=True), *cells])
 
 
-def tables(rows: Sequence[dict], with_paper: bool, at_once: int) -> str:
+def headline(benchmark: str, split: str, dialogues: Sequence[Dialogue], rows: Sequence[dict]) -> str:
+    """What the tables below it are about."""
+    num_turns = sum(len(dialogue.turns) for dialogue in dialogues) / len(dialogues)
+    counts = " or ".join(dict.fromkeys(str(row["memories"]) for row in rows))
+    whose = "the person a question names" if rows[0]["named_only"] else "both speakers"
+    return (f"{benchmark}, split {split}: {rows[0]['overall']['n']} questions about {len(dialogues)} x {num_turns:.0f} "
+            f"turns; shown: {counts} memories of {whose}\n")
+
+
+def tables(rows: Sequence[dict], with_paper: bool) -> str:
     """All of the terminal's tables for systems that were asked the same questions."""
     parts = [table(rows, COLUMNS), category_table(rows), *([PAPER.read_text()] if with_paper else []),
              table(rows, COSTS)]
+    at_once = max(row["at_once"] for row in rows)  # as measured: answers may stem from an earlier start
     batches = "" if at_once == 1 else f"(shares of batches of up to {at_once}: --at-once 1 times single calls)\n"
     return "\n\n".join(parts) + "\n" + batches
 
@@ -220,7 +232,8 @@ def predictions_of(path: str | Path) -> Path:
 def read_report(path: str | Path) -> dict:
     try:
         report = json.loads(Path(path).read_bytes())
-        if not isinstance(report["rows"], list) or not {"data", "split", "settings"} <= set(report):
+        if not ({"data", "split", "settings"} <= set(report)
+                and all(row["system"] and row["overall"]["n"] for row in report["rows"])):
             raise ValueError
         return report
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -228,15 +241,49 @@ def read_report(path: str | Path) -> dict:
         raise UsageError(f"{path}: cannot be read ({reason}); give a file that evaluate.py --out wrote") from None
 
 
+def write_report(path: str | Path, report: dict) -> None:
+    """FILE.json, replaced as a whole."""
+    with writing(Path(path).parent):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(path), (json.dumps(tidy(report), indent=1, ensure_ascii=False) + "\n").encode())
+
+
 def read_lines(path: str | Path) -> list[dict]:
     """The lines of a predictions file, without the last if a kill tore it."""
     lines = []
     for number, text in enumerate(Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else [], 1):
         try:
-            lines.append(json.loads(text))
-            key_of(lines[-1]), lines[-1]["em"], lines[-1]["bank"]["size"], lines[-1]["seconds"]["answer"]
+            line = json.loads(text)
+            key_of(line), line["category"], line["em"], line["bank"]["size"], line["seconds"]["answer"]
+            lines.append(line)
         except (ValueError, LookupError, TypeError):
             raise UsageError(f"{path}: line {number} is no prediction; delete that line, or the file") from None
+    return lines
+
+
+def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
+    """FILE.predictions.jsonl, replaced as a whole."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with writing(Path(path).parent):
+        write(predictions_of(path), text.encode("utf-8", "replace"))
+
+
+def kept_lines(path: str | Path, fingerprints: dict[str, str], settings: dict) -> list[dict]:
+    """
+    The answers of an evaluation into FILE.json that was stopped: a torn line is cut off, and those of a system whose
+    fingerprint is another are refused, since they were given with other settings.
+    """
+    before = read_report(path)["settings"] if Path(path).exists() else {}
+    predictions = predictions_of(path)
+    lines = read_lines(predictions)
+    for line in lines:
+        if line.get("fingerprint") != fingerprints.get(line["system"], line.get("fingerprint")):
+            changed = [f"{name} was {before[name]}" for name, value in settings.items()
+                       if before.get(name, value) != value] or ["of what it was shown, or of its adapters"]
+            raise UsageError(f"{predictions}: {line['system']!r} was evaluated with other settings "
+                             f"({', '.join(changed)}): choose another --out, or delete that file")
+    if predictions.exists() and not predictions.read_bytes().endswith(b"\n"):
+        write_lines(path, lines)
     return lines
 
 
@@ -281,9 +328,15 @@ def comparison(first: str, second: str, seed: int = 0) -> str:
     return "\n\n".join([*tables, "in percentage points, with 95 % bootstrap intervals over the questions of both"])
 
 
+def both_have(metric: str, one: dict, other: dict) -> bool:
+    """Two answers' scores can be compared: both are there, and a judge's are the same judge's."""
+    is_same = metric != "judge" or one.get("judge_model") == other.get("judge_model")
+    return is_same and None not in (one.get(metric), other.get(metric))
+
+
 def paired_table(title: str, ones: dict, others: dict, seed: int) -> str:
     lines = [{"category": line["category"], **{metric: others[key][metric] - line[metric] for metric in METRICS
-                                               if None not in (line.get(metric), others[key].get(metric))}}
+                                               if both_have(metric, line, others[key])}}
              for key, line in ones.items() if key in others]
     cells = [[title, "questions", "EM", "F1", "BLEU-1", "F1 LoCoMo", "judge"]]
     for number, some in {"overall": lines, **by_category(lines)}.items():

@@ -18,7 +18,7 @@ import evaluate
 import report
 import train_answer
 import train_manager
-from data import UsageError
+from data import Dialogue, Question, Turn, UsageError
 from evaluate import Hosted, System, scores
 from judge import Endpoint
 from memory import Memory
@@ -507,3 +507,62 @@ def test_names_are_short_and_tell_apart():
     with pytest.raises(UsageError, match="same name"):
         evaluate.systems_of(args, evaluate.SHORT, ["m", "runs/m"], ["base"])
     assert replace(systems[0], system="") == System("", "base", "base", 4, True, 48)
+
+
+def test_a_limit_takes_some_of_every_category(monkeypatch):
+    """Where each question has its own dialogue, in the order of their categories, also with a limit above the half."""
+    turn = Turn("D1:1", 1, "user", "Hi", "today")
+    dialogues = [Dialogue(str(i), ("user", "assistant"), (turn,), (Question(str(i), "?", "x", 11 + i // 4),))
+                 for i in range(12)]
+    monkeypatch.setattr(evaluate.data, "load", lambda *_: dialogues)
+    args = evaluate.arguments(["--data", "x"])
+    for limit, categories in ((2, [11, 12]), (3, [11, 12, 13]), (7, [11, 11, 11, 12, 12, 13, 13]), (99, None)):
+        chosen = [one.questions[0].category for one in evaluate.asked(args, evaluate.REAL, limit)]
+        assert chosen == (categories or sorted([11, 12, 13] * 4))
+
+
+def test_a_judge_that_falls_silent_costs_no_table(monkeypatch, capsys):
+    def silent(triples):
+        raise UsageError("no reply from http://judge")
+    silent.model, silent.unreadable = "judge", 0
+    monkeypatch.setattr(evaluate, "make_judge", lambda where, policy, **options: silent)
+    with pytest.raises(UsageError, match="http://judge"):
+        run("--system", "rag", "--limit", "2", "--judge", "endpoint")
+    assert re.search(r"(?m)^rag ", capsys.readouterr().out)
+
+
+def test_the_report_says_how_answers_were_timed_not_how_it_was_started(capsys):
+    rag()
+    capsys.readouterr()
+    found, _ = rag("--at-once", "1")  # nothing is left to be asked
+    assert found["rows"][0]["at_once"] == 64 and "shares of batches of up to 64" in capsys.readouterr().out
+
+
+def test_verdicts_of_two_judges_are_not_compared(capsys):
+    made("a.json", [0, 1], judge=1.0, judge_model="one")
+    made("b.json", [1, 1], judge=0.0, judge_model="another")
+    run("--compare", "a.json", "b.json")
+    assert "judge" not in capsys.readouterr().out
+
+
+def test_lines_without_a_fingerprint_are_refused():
+    rag()
+    path = Path("x.predictions.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "fingerprint": None}) + "\n" for line in lines))
+    with pytest.raises(UsageError, match="was evaluated with other settings"):
+        rag()
+    path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "fingerprint"}) + "\n")
+    with pytest.raises(UsageError, match="was evaluated with other settings"):
+        rag()
+
+
+def test_the_papers_numbers_are_those_of_the_test_split(capsys):
+    with pytest.raises(UsageError, match="no other --split"):
+        run("--data", "locomo.json", "--paper", "--split", "val")
+
+
+@pytest.fixture(autouse=True)
+def a_locomo_file(in_an_empty_folder):  # noqa: F811
+    from test_locomo import ENTRY
+    Path("locomo.json").write_text(json.dumps([ENTRY]))

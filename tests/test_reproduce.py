@@ -1,0 +1,163 @@
+"""The commands of the README's "Reproduce the paper", read from there and run as they stand, but for what is big."""
+import json
+import re
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from string import Template
+
+import pytest
+import torch
+from mutations import edited
+from test_locomo import ENTRY as LOCOMO
+from test_longmemeval import ENTRY as LONGMEMEVAL
+from test_msc import ENTRY as MSC
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import evaluate
+import plots
+import report
+import train_answer
+import train_manager
+from data import TINY, longmemeval
+from policy import Policy
+from run import read_rows
+
+SECTION = (Path(__file__).parents[1] / "README.md").read_text().split("## Reproduce the paper\n")[1].split("\n##")[0]
+BLOCK = SECTION.split("```")[1].replace("\\\n", " ").strip().splitlines()
+TABLE = [line.strip("| ").split(" | ") for line in SECTION.splitlines() if line.startswith("| ")]
+SCRIPTS = {"train_manager.py": train_manager, "train_answer.py": train_answer, "evaluate.py": evaluate,
+           "plots.py": plots}
+SMALL = {  # flags added to a script's; of one that is given twice, the last counts
+    "train_manager.py": "--steps 1 --batch-size 2 --group-size 2 --rank 2 --max-new-tokens 24 --max-answer-tokens 8 "
+                        "--no-extract",  # so that there is something to clone, whatever the tiny model makes of a turn
+    "train_answer.py": "--steps 1 --batch-size 2 --group-size 2 --rank 2 --max-new-tokens 8 --max-operation-tokens 24",
+    "evaluate.py": "--limit 2 --max-new-tokens 24 --max-answer-tokens 8 --out x.json", "plots.py": ""}
+
+
+def commands() -> dict[str, str]:
+    """{place in the README: command}, `...` and what the table's heading says filled in, variables not yet."""
+    found = {f"training {i}": line for i, line in enumerate(BLOCK) if line.startswith("python ")}
+    evaluation, *added = re.findall("`([^`]+)`", TABLE[0][1])
+    for name, cell in TABLE[1:]:
+        for part in re.findall("`([^`]+)`", cell):
+            if part.endswith(" ..."):
+                begin = " ".join(part.split()[:4])  # python SCRIPT --algo NAME
+                part = part[:-4] + next(line for line in BLOCK if line.startswith(begin)).removeprefix(begin)
+            if part.startswith("--data"):
+                found[f"{name} {len(found)}"] = f"{evaluation} {part}"
+            elif part.startswith("python "):
+                found[f"{name} {len(found)}"] = part
+            elif part.startswith("--"):
+                added.append(part)
+    some = next(command for command in found.values() if command.startswith(evaluation))
+    return found | {flags: f"{some} {flags}" for flags in added}
+
+
+COMMANDS = commands()
+FOLDERS = set(re.findall(r"runs/[\w-]+", SECTION))
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory):
+    """
+    What the commands need: benchmarks of a few turns, under the names that are fetched otherwise, a run of every name,
+    a cross-encoder that knows nothing.
+    """
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("around")
+    (folder / "data").mkdir()
+    conversations = [edited(LOCOMO, "sample_id", value=name) for name in ("conv-26", "conv-30", "conv-41")]
+    (folder / "data/locomo10.json").write_text(json.dumps(conversations))
+    questions = [edited(LONGMEMEVAL, "question_type", value="multi-session"),
+                 edited(LONGMEMEVAL, "question_id", value="1a2b")]
+    for file, *_ in longmemeval.FILES.values():
+        (folder / "data" / file).write_text(json.dumps(questions))
+    chats = [edited(MSC, "metadata", "initial_data_id", value=f"valid_{i}") for i in range(3)]
+    (folder / "data/msc_self_instruct.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    policy = Policy.load(TINY)
+    policy.add_adapter("fresh", 2, 4)
+    for run in FOLDERS:
+        policy.save_adapter("fresh", folder / run / "adapter")
+        agent, algo = run.removeprefix("runs/").split("-")[:2]
+        (folder / run / "config.json").write_text(json.dumps({"agent": agent, "algo": algo}))
+        (folder / run / "metrics.jsonl").write_text("".join(
+            json.dumps({"step": step, "reward": step / 4, "seconds": 1}) + "\n" for step in (1, 2, 3)))
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    BertForSequenceClassification(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1)).save_pretrained(folder / "cross")
+    tokenizer.save_pretrained(folder / "cross")
+    return folder
+
+
+@pytest.fixture
+def server(serve, monkeypatch):
+    """It lists what was said as a fact, adds every fact, and finds every answer right."""
+    def rule(messages):
+        *_, text, wanted = messages[-1]["content"].splitlines()
+        return {"facts:": json.dumps([text]), "operations:": json.dumps([{"event": "ADD", "text": text}]),
+                "reason, then label:": 'The same. {"label": "CORRECT"}'}[wanted]
+    server = serve(rule=rule)
+    for name in ("JUDGE", "MANAGER"):
+        monkeypatch.setenv(f"{name}_URL", server.url)
+        monkeypatch.setenv(f"{name}_MODEL", "big")
+    return server
+
+
+def arguments(command: str, around: Path) -> tuple[str, list[str]]:
+    """The script and its flags, those that are big replaced or outdone."""
+    assert set(re.findall(r"(\w+)=", BLOCK[0])) == {"M", "E"}
+    _, script, *flags = shlex.split(Template(command).substitute(M=TINY, E=f"hash+{around / 'cross'}"))
+    if "--reranker" in flags:
+        flags[flags.index("--reranker") + 1] = str(around / "cross")
+    return script, [*flags, *SMALL[script].split()]
+
+
+@pytest.mark.parametrize("place", COMMANDS)
+def test_a_command_does_what_it_promises(place, around, server, tmp_path, monkeypatch, capsys):
+    script, flags = arguments(COMMANDS[place], around)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MEMORY_R1_DATA", str(around / "data"))
+    args = SCRIPTS[script].arguments(flags) if script != "plots.py" else Namespace(out=None)
+    Path("runs").mkdir()
+    for run in FOLDERS - {args.out}:
+        Path(run).symlink_to(around / run)
+    SCRIPTS[script].main(flags)
+    check = {"evaluate.py": check_report, "plots.py": check_plot}.get(script, check_run)
+    check(args, capsys.readouterr().out, server)
+
+
+def check_run(args, printed, server):
+    folder = Path(args.out)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert f"adapter, metrics and samples are in {folder}" in printed and str(folder) in FOLDERS
+    assert [row.get("eval") for row in rows][-2:] == [None, "trained"] and rows[-1]["n"] == 4
+    assert all((folder / name).is_file() for name in ("adapter/adapter_config.json", "config.json", "samples.jsonl",
+                                                      "adapter/adapter_model.safetensors", "curve.png"))
+
+
+def check_report(args, printed, server):
+    found, lines = json.loads(Path("x.json").read_text()), report.read_lines("x.predictions.jsonl")
+    num_systems = len([*(args.system or []), *(args.manager or [])]) * len(args.answer or ["base"])
+    assert len(found["rows"]) == num_systems and len(lines) == 2 * num_systems and Path("x.png").is_file()
+    for row in found["rows"]:
+        assert row["overall"]["n"] == 2 and (row["overall"]["judge"] is None) == (args.judge is None)
+        assert {"p50", "p95"} == set(row["latency"]["search"]) == set(row["latency"]["answer"])
+    assert ("Memory-R1-GRPO     35.73/27.70/59.83" in printed) == args.paper
+    assert ("single calls" in printed) == (args.at_once > 1)
+    hosted = [row for row in found["rows"] if row["source"] == "endpoint"]
+    assert all(row["ops"] == {"ADD": 3} for row in hosted) and (server.requests or not hosted)
+
+
+def check_plot(args, printed, server):
+    assert Path("curves.png").is_file() and printed.startswith("| run |")
+
+
+def test_every_row_has_a_command_and_every_run_a_command_that_makes_it(around):
+    without = [name for name, _ in TABLE[1:] if not any(place.startswith(name) for place in COMMANDS)]
+    assert without == ["table 3, model sizes", "latency (appendix G)"]
+    assert [place for place in COMMANDS if place.startswith("--")] == ["--judge endpoint", "--at-once 1"]
+    called = [arguments(command, around) for command in COMMANDS.values()]
+    assert FOLDERS == {SCRIPTS[script].arguments(flags).out for script, flags in called if script.startswith("train")}
