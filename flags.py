@@ -21,7 +21,7 @@ BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "nam
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256)}
 ALGORITHMS = ("grpo", "ppo", "sft")
-BY_ALGORITHM = {"group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
+BY_ALGORITHM = {"steps": (90, 90, 90), "batch_size": (24, 24, 24), "group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
 LR = {"grpo": (3e-3, 2e-5), "ppo": (1e-3, 2e-5), "sft": (3e-3, 1e-4)}
 
 
@@ -69,17 +69,18 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (Manager 32, Answer "
         "Agent 8; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
-    add("--steps", type=int, default=90, help="batches of rollouts (90)")
-    add("--batch-size", type=int, default=24, help="prompts a step (24)")
+    add("--steps", type=int, help="batches of rollouts (Manager 90, Answer Agent 40)")
+    add("--batch-size", type=int, help="prompts a step (Manager 24, Answer Agent 16)")
     add("--group-size", type=int, help="completions of each prompt (grpo 8, ppo 4)")
     add("--reward", choices=("em", "f1", "judge", "composite"), default="em",
         help="how an answer is scored; em is the paper's (em)")
     add("--judge", default="endpoint", help="of --reward judge: endpoint (JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the "
         "environment), base (this run's own model), or a model's hub id or folder (endpoint)")
     add("--epochs", type=int, default=1, help="passes over a step's completions (1)")
-    add("--minibatch", type=int, help="prompts per optimizer step, 0 for all (grpo 0, ppo 6)")
+    add("--minibatch", type=int, help="prompts per optimizer step, 0 for all (Manager: grpo 0, ppo 6; Answer Agent 4)")
     add("--lr", type=float,
-        help="peak learning rate (tiny model: grpo and sft 3e-3, ppo 1e-3; others: grpo and ppo 2e-5, sft 1e-4)")
+        help="peak learning rate (tiny model: Manager by grpo or sft 3e-3, else 1e-3; others: grpo and ppo 2e-5, "
+             "sft 1e-4)")
     add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
     add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")

@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from data import TINY
+from distributed import gather, is_main, on_main, own_batches, seed_apart, share, sum_gradients, sum_over_ranks, wait
 from flags import Parser, exit_cleanly
 from policy import Completion, Policy, pad_right
-from run import Run, first_not_finite, read_rows, restore, save, seed_everything, writing
+from run import Run, first_not_finite, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,8 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
     lessons = [i for i in range(P) if rollouts.advantages[i].any()]
     lengths = [len(completion) for group in rollouts.completions for completion in group]
     mean_length = sum(lengths) / len(lengths) if config.loss_mean == "token" else None
-    sums = dict.fromkeys(("kl", "clip_rate", "tokens"), 0.0)
+    sums, norms, skips = dict.fromkeys(("kl", "clip_rate", "tokens"), 0.0), [], []
     parameters = dict(zip(policy.names(adapter), policy.parameters(adapter), strict=True))
-    norms, skips = [], []
     for _ in range(config.epochs if lessons else 0):
         rng.shuffle(lessons)
         size = config.minibatch or len(lessons)
@@ -160,10 +160,11 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
             num_rows = len(some) * G * P / len(lessons)
             batch = pick(rollouts, some)
             optimizer.zero_grad(set_to_none=True)
-            for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
+            for indices in own_batches(policy, batch.prompts, batch.completions, config.micro_batch_tokens):
                 part = pick(batch, indices)
                 for name, value in backward(policy, part, num_rows, mean_length, adapter, config).items():
                     sums[name] += value
+            sum_gradients(parameters.values())
             bad = first_not_finite({"advantages": batch.advantages, "logp_old": batch.logp_old} | {
                 f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
             if bad:  # a loss that is not finite has such gradients too
@@ -173,6 +174,7 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
             optimizer.step()
     # E[-log pi] over all that was sampled: the entropy also of groups that are not scored again.
     entropy = -rollouts.logp_old.sum().item() / sum(lengths)
+    sums = sum_over_ranks(sums)
     count = sums.pop("tokens")
     return {name: value / count if count else None for name, value in sums.items()} | {
         "entropy": entropy, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(skips)} | (
@@ -200,9 +202,10 @@ def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Conf
     start = time.time()
     optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config)
     episodes = task.batch(step)
+    seed_apart(config.seed, step)
     with policy.using(adapter):
-        groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,
-                               config.temperature)
+        groups = gather(policy.sample([episode.prompt for episode in share(episodes)], config.group_size,
+                                      config.max_new_tokens, config.temperature))
     rewards, extra, samples = task.rewards(episodes, groups)  # (P, G)
     rollouts = rollouts_of([episode.prompt for episode in episodes], groups, rewards, policy.device)
     learned = update(policy, optimizer, rollouts, adapter, config, rng)
@@ -224,7 +227,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     done = restore(run, task, parameters, optimizer, rng)
     if done is None:
         done = 0
-        report(run, task.evaluate("untrained", 0))
+        report(run, on_main(task.evaluate, "untrained", 0))
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -240,9 +243,9 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
             if reason or step % config.checkpoint_every == 0 or step == config.steps:
                 save(run, step, task, parameters, optimizer, rng)
             if reason:
+                wait()  # for main to have written: the first process to end ends all
                 raise reason
-    rows = read_rows(run.folder / "metrics.jsonl")
-    if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
+    if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))

@@ -34,9 +34,10 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TINY
+from distributed import gather, is_main, on_main, own_batches, seed_apart, share, sum_gradients, sum_over_ranks, wait
 from flags import Parser, exit_cleanly
 from policy import Completion, Policy, pad_right, spread
-from run import Run, first_not_finite, read_rows, restore, save, seed_everything, writing
+from run import Run, first_not_finite, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,9 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
     """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over its tokens."""
     groups = list(range(len(rollouts.prompts)))
     mean_length = rollouts.mask.sum().item() / len(rollouts.mask) if config.loss_mean == "token" else None
-    sums = dict.fromkeys(("kl", "clip_rate", "entropy", "value_loss", "tokens"), 0.0)
+    sums, norms, skips = dict.fromkeys(("kl", "clip_rate", "entropy", "value_loss", "tokens"), 0.0), [], []
     parameters = dict(zip(policy.names(adapter), policy.parameters(adapter), strict=True))
     parameters |= {f"critic.{name}": parameter for name, parameter in critic.named_parameters()}
-    norms, skips = [], []
     for _ in range(config.epochs):
         rng.shuffle(groups)
         size = config.minibatch or len(groups)
@@ -243,10 +243,11 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
             batch = pick(rollouts, groups[at:at + size])
             num_rows = len(batch.mask)
             optimizer.zero_grad(set_to_none=True)
-            for indices in policy.micro_batches(batch.prompts, batch.completions, config.micro_batch_tokens):
+            for indices in own_batches(policy, batch.prompts, batch.completions, config.micro_batch_tokens):
                 part = pick(batch, indices)
                 for name, value in backward(policy, critic, part, num_rows, mean_length, adapter, config).items():
                     sums[name] += value
+            sum_gradients(parameters.values())
             bad = first_not_finite({name: getattr(batch, name) for name in ("logp_old", "values_old", "advantages")} | {
                 f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
             if bad:  # a loss that is not finite has such gradients too
@@ -256,6 +257,7 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
                        for group in optimizer.param_groups)
             norms.append(norm.item())
             optimizer.step()
+    sums = sum_over_ranks(sums)
     count = max(1.0, sums.pop("tokens"))
     return {name: value / count for name, value in sums.items()} | {
         "grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(skips)} | (
@@ -274,13 +276,14 @@ def rollouts_of(critic: Critic, prompts, groups: list[list[Completion]], rewards
     mask = pad_right([[True] * len(completion.ids) for completion in flat], False, torch.bool).to(policy.device)
     logp_old = pad_right([completion.logps for completion in flat], 0.0, torch.float32).to(policy.device)
     values, logp_ref = torch.zeros_like(logp_old), torch.zeros_like(logp_old)
-    for indices in policy.micro_batches(prompts, completions, config.micro_batch_tokens):
+    for indices in own_batches(policy, prompts, completions, config.micro_batch_tokens):
         some = [prompts[i] for i in indices], [completions[i] for i in indices]
         rows, width = rows_of(indices, G), max(len(ids) for group in some[1] for ids in group)
         values[rows, :width] = critic(*some)
         if config.beta > 0:
             with policy.using(None):
                 logp_ref[rows, :width] = policy.score(*some, config.temperature).logp
+    values, logp_ref = sum_over_ranks(values), sum_over_ranks(logp_ref)  # each process has left the others' rows 0
     per_token = terminal_rewards(rewards.flatten().to(policy.device), mask)
     advantages = gae(per_token, values, mask, config.gamma, config.lam)
     returns = advantages + values  # before whitening: the critic is to learn rewards, not z-scores
@@ -299,9 +302,10 @@ def train_step(policy: Policy, critic: Critic, task: Task, optimizer, adapter: s
     for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr), strict=True):
         group["lr"] = lr * learning_rate_share(step, config)
     episodes = task.batch(step)
+    seed_apart(config.seed, step)
     with policy.using(adapter):
-        groups = policy.sample([episode.prompt for episode in episodes], config.group_size, config.max_new_tokens,
-                               config.temperature)
+        groups = gather(policy.sample([episode.prompt for episode in share(episodes)], config.group_size,
+                                      config.max_new_tokens, config.temperature))
     rewards, extra, samples = task.rewards(episodes, groups)  # (P, G)
     rollouts = rollouts_of(critic, [episode.prompt for episode in episodes], groups, rewards, config)
     learned = update(policy, critic, optimizer, rollouts, adapter, config, rng)
@@ -327,7 +331,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     done = restore(run, task, parameters, optimizer, rng)
     if done is None:
         done = 0
-        report(run, task.evaluate("untrained", 0))
+        report(run, on_main(task.evaluate, "untrained", 0))
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -343,9 +347,9 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
             if reason or step % config.checkpoint_every == 0 or step == config.steps:
                 save(run, step, task, parameters, optimizer, rng)
             if reason:
+                wait()  # for main to have written: the first process to end ends all
                 raise reason
-    rows = read_rows(run.folder / "metrics.jsonl")
-    if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
+    if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))

@@ -25,7 +25,7 @@ import re
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from safetensors import torch as safetensors
 from tqdm import tqdm
 
 from data import UsageError
+from distributed import copy_from_main, gather, is_main, on_main, world
 
 try:
     import fcntl
@@ -53,7 +54,7 @@ COLUMNS = {  # of a line on the terminal
 }
 def train(algorithm, policy, task, args: argparse.Namespace) -> None:
     """A whole run in its folder, by `algorithm`: a module with a `Config` and a `train`."""
-    with locked(Path(args.out)):
+    with locked(Path(args.out)) if is_main() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
         config = algorithm.Config(**{name: getattr(args, name) for name in algorithm.Config.__dataclass_fields__})
@@ -287,7 +288,7 @@ def tell_changes(path, settings):
 
 
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, samples.jsonl and checkpoint/."""
+    """The folder of one run: config.json, metrics.jsonl, samples.jsonl and checkpoint/. Only main writes into it."""
 
     def __init__(self, folder: str | Path, config: dict, resume: bool = False, overwrite: bool = False):
         self.folder, self.config = Path(folder), dict(config)
@@ -295,7 +296,9 @@ class Run:
         self.is_interrupted, self.skips = False, []  # Ctrl-C was pressed; the tensors for which updates were skipped
         libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
         settings = {**self.config, "versions": {"python": platform.python_version(), **libraries}}
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps(settings | ({"processes": world()} if world() > 1 else {}), default=str))
+        if not is_main():  # which alone writes
+            return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
@@ -326,11 +329,13 @@ class Run:
 
     def log(self, metrics: dict):
         """Appends a line to metrics.jsonl: six digits; nan and inf as null, their keys in `not_finite`."""
-        append(self.folder / "metrics.jsonl", [metrics])
+        if is_main():
+            append(self.folder / "metrics.jsonl", [metrics])
 
     def samples(self, rows: list[dict]):
         """Appends rollouts as a person would read them. Each has its `step`, by which resuming drops it."""
-        append(self.folder / "samples.jsonl", rows)
+        if is_main():
+            append(self.folder / "samples.jsonl", rows)
 
     @contextmanager
     def ending_steps(self):
@@ -338,7 +343,8 @@ class Run:
         def wait(*_):
             self.is_interrupted = True
             signal.signal(signal.SIGINT, before)
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may be at work already
+            if is_main():
+                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may be at work already
 
         before = signal.signal(signal.SIGINT, wait)
         try:
@@ -349,11 +355,16 @@ class Run:
     def reason_to_stop(self, metrics: dict) -> BaseException | None:
         """What to raise after this step and its checkpoint, if anything."""
         self.skips = [*self.skips, metrics["not_finite_in"]] if metrics.get("skipped") else []
-        if self.is_interrupted:
+        if any(gather([self.is_interrupted])):
             return KeyboardInterrupt()
         if len(self.skips) == PATIENCE:
             return UsageError(f"{PATIENCE} steps in a row skipped an update, as numbers were not finite, first in "
                               f"{self.skips[0]}: lower --lr or give --dtype float32, and continue with --resume")
+
+    def is_complete(self, steps: int) -> bool:
+        """Whether the run was evaluated after its last step."""
+        rows = read_rows(self.folder / "metrics.jsonl")
+        return any(row.get("eval") == "trained" and row["step"] == steps for row in rows)
 
     def line(self, step: int, metrics: dict) -> str:
         """One step on the terminal: `step  12/60  reward  0.71  zero-std 0.12  kl 0.013  ...    1.4 s`"""
@@ -367,6 +378,8 @@ class Run:
         Writes checkpoint/step-00012 and keeps one older. Call it after all that was logged of the step.
         Only the rename makes it a checkpoint: a kill before it leaves the older ones as they were.
         """
+        if not is_main():
+            return
         root = self.folder / "checkpoint"
         partial, target = root / "partial", root / f"step-{step:05}"
         blob = safetensors.save({name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -424,8 +437,9 @@ def save(run: Run, step: int, task, parameters, optimizer, rng) -> None:
 
 def restore(run: Run, task, parameters, optimizer, rng) -> int | None:
     """Brings everything to where the newest checkpoint was written, and returns its step; None without one."""
-    begun = run.load()
+    begun = on_main(run.load)
     if begun is None:
+        copy_from_main(parameters)
         return None
     step, tensors, state = begun
     restore_parameters(parameters, tensors)

@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from distributed import copy_from_main, is_main, on_main, own_batches, sum_gradients, sum_over_ranks, wait
 from policy import Policy
-from run import Run, first_not_finite, optimizer_tensors, read_rows, restore_optimizer, restore_parameters, writing
+from run import Run, first_not_finite, optimizer_tensors, restore_optimizer, restore_parameters, writing
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ def update(policy: Policy, optimizer, prompts, completions, adapter: str, config
     num_tokens, norm, sums = sum(map(len, completions)), 0.0, dict.fromkeys(("loss", "entropy"), 0.0)
     optimizer.zero_grad(set_to_none=True)
     groups = [[completion] for completion in completions]
-    for part in policy.micro_batches(prompts, groups, config.micro_batch_tokens):
+    for part in own_batches(policy, prompts, groups, config.micro_batch_tokens):
         with policy.using(adapter):
             logp, entropy, mask = policy.score([prompts[i] for i in part], [groups[i] for i in part])
         loss = cross_entropy(logp, mask, num_tokens)
         loss.backward()
         sums["loss"] += loss.item()
         sums["entropy"] += (entropy * mask).sum().item() / num_tokens
+    sum_gradients(parameters.values())
+    sums = sum_over_ranks(sums)
     bad = first_not_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
     if not bad:
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip).item()
@@ -105,15 +108,17 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if there is one."""
     parameters = policy.parameters(adapter)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    copy_from_main(parameters)
     prompts, completions, about = task.demonstrations()
-    begun = run.load()
+    begun = on_main(run.load)
     if begun:
         done, tensors, _ = begun
         restore_parameters(parameters, tensors)
         restore_optimizer(optimizer, tensors)
     else:
         done = 0
-        report(run, [{"step": 0, "eval": "teacher", "n": len(prompts), **about}, *task.evaluate("untrained", 0)])
+        held_out = on_main(task.evaluate, "untrained", 0)
+        report(run, [{"step": 0, "eval": "teacher", "n": len(prompts), **about}, *held_out])
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -129,9 +134,9 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
             if reason or step % config.checkpoint_every == 0 or step == config.steps:
                 save(run, step, parameters, optimizer)
             if reason:
+                wait()  # for main to have written: the first process to end ends all
                 raise reason
-    rows = read_rows(run.folder / "metrics.jsonl")
-    if not any(row.get("eval") == "trained" and row["step"] == config.steps for row in rows):  # else it was complete
+    if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
         report(run, task.evaluate("trained", config.steps))

@@ -22,6 +22,7 @@ import grpo
 import manager
 import ppo
 from data import Dialogue, Question, UsageError
+from distributed import GO_ON, divide, is_main, on_main, together
 from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
 from judge import make_scorer
 from memory import MemoryBank, make_embedder
@@ -124,8 +125,8 @@ class AnswerTask:
         """The score of each answer; 0 for an output without one."""
         given = [[answer.parse(completion.text) for completion in group] for group in groups]
         asked = [(episode, one) for episode, group in zip(episodes, given, strict=True) for one in group]
-        scores = self.score([(episode.place.question.text, one.text, episode.place.question.answer)
-                             for episode, one in asked])
+        scores = divide(self.score, [(episode.place.question.text, one.text, episode.place.question.answer)
+                                     for episode, one in asked])
         rewards = torch.tensor(scores).reshape(len(groups), -1)
         invalid = sum(not one.is_valid for _, one in asked) / len(asked)
         extra = {"invalid_rate": invalid, **selection([episode for episode, _ in asked], [one for _, one in asked])}
@@ -168,22 +169,24 @@ def arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.algo == "sft":
         raise UsageError("--algo sft clones a Manager, as the paper does: give it to train_manager.py")
-    return fill_defaults(args, by_data={"memories": (20, 60), "named_only": (False, False),
-                                                           "eval": (8, 1)},
-                         by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512)})
+    return fill_defaults(
+        args, by_data={"memories": (20, 60), "named_only": (False, False), "eval": (8, 1)},
+        by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512), "lr": (1e-3, 2e-5)},
+        by_algorithm={"steps": (40, 40, 40), "batch_size": (16, 16, 16), "minibatch": (4, 4, 0)})
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    check_out(args)
+    on_main(check_out, args)
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.manager_adapter:
         policy.load_adapter("manager", args.manager_adapter)
     policy.add_adapter("answer", args.rank, args.alpha)
     train({"grpo": grpo, "ppo": ppo}[args.algo], policy, AnswerTask(policy, args), args)
-    plot_run(args.out)
+    if is_main():
+        plot_run(args.out)
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(together(main), go_on=GO_ON)

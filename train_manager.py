@@ -5,6 +5,7 @@ turn is linked to answered rightly once the bank has been edited?
     python train_manager.py --algo grpo                       # tiny model, synthetic talk, two CPU cores, minutes
     python train_manager.py --algo grpo --seed 1 --out runs/seed-1
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
+    torchrun --nproc_per_node=4 train_manager.py --model ...  # a process for each of four GPUs: see distributed.py
     python train_manager.py --algo sft                        # the baseline Memory-SFT: clones the known operations
 
 An episode is one turn: the bank as it was before the turn, the facts of the turn, the questions linked to it. Each of
@@ -27,6 +28,7 @@ import manager
 import ppo
 import sft
 from data import TINY, Dialogue, Question, Turn, UsageError
+from distributed import GO_ON, divide, gather, is_main, on_main, share, together
 from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
 from judge import Endpoint, Hosted, Kept, make_scorer
 from memory import MemoryBank, make_embedder
@@ -109,7 +111,8 @@ class ManagerTask:
                   if turn.id in linked[dialogue.id]]
         while len(chosen) < wanted:  # a small data set is gone through again
             chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
-        manager.read_facts(self.policy, dialogues, self.args.extract, self.facts, self.args.max_new_tokens)
+        manager.read_facts(self.policy, share(dialogues), self.args.extract, self.facts, self.args.max_new_tokens)
+        self.facts = dict(gather([*self.facts.items()]))
         pool = [first, *([dialogue.id, i] for dialogue, i in chosen)]
         if self.state.get("pool") != pool:  # else the run is resumed between two refreshes
             self.state = {"pool": pool, "memories": self.memories_before(chosen)}
@@ -127,9 +130,11 @@ class ManagerTask:
             longest = needed.get((dialogue.id, begin))
             if longest is None or len(longest.turns) < i - begin:
                 needed[dialogue.id, begin] = Dialogue(dialogue.id, dialogue.speakers, dialogue.turns[begin:i], ())
-        built = self.build(list(needed.values()), {"self": "manager", "base": None, "oracle": None}[self.args.bank],
+        own = share(list(needed))
+        adapter = {"self": "manager", "base": None, "oracle": None}[self.args.bank]
+        built = self.build([needed[key] for key in own], adapter,
                            "known" if self.args.bank == "oracle" else "model", keep_history=True)
-        histories = {key: [*one.history, tuple(one.bank)] for key, one in zip(needed, built, strict=True)}
+        histories = dict(gather([(key, [*one.history, tuple(one.bank)]) for key, one in zip(own, built, strict=True)]))
         found = []
         for dialogue, i in places:
             begin = max(0, i - self.args.window)
@@ -155,7 +160,7 @@ class ManagerTask:
     def demonstrations(self):
         """The teacher's decisions as prompts and completions; what cannot be carried out as shown is left out."""
         args, prompts, completions, ops = self.args, [], [], Counter()
-        decisions = self.hosted_decisions() if self.teacher else self.known_decisions()
+        decisions = on_main(self.hosted_decisions) if self.teacher else self.known_decisions()
         for case, edits in decisions:
             ids, case, _ = manager.fit_case(self.policy, case, args.max_prompt_tokens)
             shown = {None, *(memory.id for memory in case.memories)}
@@ -195,9 +200,9 @@ class ManagerTask:
                 if edits is not None:
                     candidates.append((i, g, edits))
         answers, sizes = self.answers([(episodes[i], edits) for i, _, edits in candidates])
-        scored = iter(self.score([(question.text, text, question.answer)
-                                  for (i, _, _), given in zip(candidates, answers, strict=True)
-                                  for text, question in zip(given, episodes[i].questions, strict=True)]))
+        scored = iter(divide(self.score, [(question.text, text, question.answer)
+                                          for (i, _, _), given in zip(candidates, answers, strict=True)
+                                          for text, question in zip(given, episodes[i].questions, strict=True)]))
         for (i, g, _), given in zip(candidates, answers, strict=True):
             scores = [next(scored) for _ in given]
             rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) >= 1)
@@ -215,6 +220,7 @@ class ManagerTask:
 
     def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
         """The frozen answerer's answers to all linked questions on every candidate's bank, and the banks' sizes."""
+        candidates = share(candidates)
         sizes, asked = {}, {}  # by episode and edits: siblings that edit alike share bank and answers
         keys = [(id(episode), tuple(edits)) for episode, edits in candidates]
         for key, (episode, edits) in zip(keys, candidates, strict=True):
@@ -226,7 +232,7 @@ class ManagerTask:
         flat = iter(answer.answer_all(self.policy, [one for some in asked.values() for one in some],
                                       self.answer_adapter, self.args.max_answer_tokens))
         texts = {key: [next(flat).text for _ in some] for key, some in asked.items()}
-        return [texts[key] for key in keys], [sizes[key] for key in keys]
+        return gather([texts[key] for key in keys]), gather([sizes[key] for key in keys])
 
     def ask(self, bank: MemoryBank, question: Question, speakers) -> answer.Asked:
         args = self.args
@@ -290,15 +296,16 @@ def arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    check_out(args)
+    on_main(check_out, args)
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
     train({"grpo": grpo, "ppo": ppo, "sft": sft}[args.algo], policy, ManagerTask(policy, args), args)
-    plot_run(args.out)
+    if is_main():
+        plot_run(args.out)
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(together(main), go_on=GO_ON)
