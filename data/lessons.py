@@ -1,8 +1,8 @@
 """
 What the tiny default model is taught: to know the formats, to carry out each operation, to read memories
-faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`), or whose
-memory is whose (in the last third, where the memories of two people are shown, most answers mix them up). That is left
-to reinforcement.
+faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`). Half taught:
+whose memory is whose (at the very end half of the answers from the memories of two people mix them up). That is left to
+reinforcement.
 
 A lesson is a list of (prompt, completion) pairs that follow one another; only completions are learned.
 """
@@ -180,7 +180,7 @@ def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
     events = [entry for entry in mine if entry.attribute in EVENTS]
     held = [entry.attribute for entry in mine if entry.attribute in ATTRIBUTES]
     u = rng.random()
-    if events and u < 0.30:
+    if events and u < 0.36:
         entry = rng.choice(events)
         return [entry.attribute], entry.values[0]
     several = [name for name in held if held.count(name) > 1]
@@ -201,7 +201,7 @@ def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest:
     """
     world = World(rng, draw)
     speakers = world.speakers[:2 if rng.random() < both else 1]
-    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), rng.choice((0.4, 0.4, 0.7)))
+    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), rng.choice((0.4, 0.7)))
     shown = {speaker: [entry for entry in world.bank if entry.speaker == speaker] for speaker in speakers}
     shown = {speaker: entries for speaker, entries in shown.items() if entries}
     world.bank = [entry for entries in shown.values() for entry in entries]
@@ -236,10 +236,10 @@ def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
     u = rng.random()
     if u < 0.03:
         return extraction_lesson(rng, draw)
-    if u < 0.33:
+    if u < 0.28:
         return manager_lesson(rng, draw, max(1, round(5 * ripe)), clean)
-    mixed_up = 0.0 if progress < 0.65 else 0.65
-    if progress > 0.3 and u < 0.45:
-        return answer_lesson(rng, draw, 32, 2, 12, 0.8, mixed_up)
-    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3, 1, 0.1, mixed_up)
+    mixed_up = 0.5 if progress > 0.97 else 0.0
+    if progress > 0.3 and u < 0.5:
+        return answer_lesson(rng, draw, 28, 3, 8, 0.85, mixed_up)
+    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3, 1, 0.4, mixed_up)
 

@@ -386,9 +386,9 @@ part of an instruct model where none can be downloaded. It speaks the project's 
 **What it can do.** It copies names and values it has never seen, carries out an operation it is told to do, and answers
 from a handful of memories, naming every match. It believes every line: "Jon met a dog named Rex" counts as Jon's dog.
 
-**What it cannot do.** It chooses operations badly: the labels it saw were drawn from a noisy mixture. Shown the
-memories of two people it mixes them up: two thirds of such answers in the last third of its lessons did. Both are left
-to reinforcement. Among dozens of memories it loses its place now and then. Words like "none" and "and" mean something
+**What it cannot do.** It chooses operations badly: the labels it saw were drawn from a noisy mixture. Shown many
+memories of two people it takes one's word for the other's and misses events: half of such answers at the end of its
+lessons mixed the two up. Both are left to reinforcement. Words like "none" and "and" mean something
 in its answers, so it cannot copy values made of them.
 
 Share of greedy completions that are right to the last token, verdicts on all memories included (banks of 2 to 9 lines;
