@@ -25,7 +25,8 @@ from run import read_rows
 
 SECTION = (Path(__file__).parents[1] / "README.md").read_text().split("## Reproduce the paper\n")[1].split("\n##")[0]
 BLOCK = SECTION.split("```")[1].replace("\\\n", " ").strip().splitlines()
-TABLE = [line.strip("| ").split(" | ") for line in SECTION.splitlines() if line.startswith("| ")]
+TABLE = [line.strip("| ").split(" | ") for line in SECTION[SECTION.index("| in the paper"):].splitlines()
+         if line.startswith("| ")]
 SCRIPTS = {"train_manager.py": train_manager, "train_answer.py": train_answer, "evaluate.py": evaluate,
            "plots.py": plots}
 SMALL = {  # flags added to a script's; of one that is given twice, the last counts
