@@ -28,7 +28,7 @@ import answer
 import data
 import manager
 import report
-from data import TINY, Dialogue, Question, UsageError
+from data import TINY, Dialogue, Question, UsageError, is_tiny
 from flags import BY_DATA, BY_MODEL, Parser, exit_cleanly
 from judge import Endpoint, Hosted, gold_of, make_judge
 from memory import Memory, MemoryBank, make_embedder
@@ -69,7 +69,7 @@ def systems_of(args, setting: dict, sources, answers) -> list[System]:
     """Every source with every Answer Agent and every number of memories; a name says no more than it must."""
     counts, systems = args.memories or [setting["memories"]], []
     named_only = setting["named_only"] if args.named_only is None else args.named_only
-    longest = (setting if Path(args.model).resolve() == TINY.resolve() else REAL)["max_answer_tokens"]
+    longest = (setting if is_tiny(args.model) else REAL)["max_answer_tokens"]
     if max(counts) > setting["memories"]:  # the selection grows with what is shown
         longest = max(longest, LONG["max_answer_tokens"])
     longest = args.max_answer_tokens or longest
@@ -406,7 +406,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add_task_flags(parser)
     add_other_flags(parser)
     args = parser.parse_args(argv)
-    is_other, is_real = Path(args.model).resolve() != TINY.resolve(), args.data != "synthetic"
+    is_other, is_real = not is_tiny(args.model), args.data != "synthetic"
     for name, value in {"top_k": BY_DATA["top_k"][is_real], "extract": BY_DATA["extract"][is_real],
                         "max_prompt_tokens": BY_MODEL["max_prompt_tokens"][is_other],
                         "max_new_tokens": BY_MODEL["max_new_tokens"][is_other]}.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import TINY, UsageError
+from data import TINY, UsageError, is_tiny
 
 # What a flag is worth if it is not given: on synthetic talk, on real benchmarks; with the tiny model, with others; by
 # algorithm. The learning rate is the algorithm's, for the tiny model and for others.
@@ -21,7 +21,7 @@ BY_DATA = {"top_k": (4, 10), "memories": (4, 60), "extract": (False, True), "nam
            "eval": (32, 1), "linked": ("all", "mean"), "loss_mean": ("token", "completion"), "bank": ("oracle", "base")}
 BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max_answer_tokens": (48, 256)}
 ALGORITHMS = ("grpo", "ppo", "sft")
-BY_ALGORITHM = {"steps": (90, 90, 90), "batch_size": (24, 24, 24), "group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
+BY_ALGORITHM = {"group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
 LR = {"grpo": (3e-3, 2e-5), "ppo": (1e-3, 2e-5), "sft": (3e-3, 1e-4)}
 
 
@@ -69,8 +69,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (Manager 32, Answer "
         "Agent 8; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument
-    add("--steps", type=int, help="batches of rollouts (Manager 90, Answer Agent 40)")
-    add("--batch-size", type=int, help="prompts a step (Manager 24, Answer Agent 16)")
+    add("--steps", type=int, default=90, help="batches of rollouts (Manager 90, Answer Agent 40)")
+    add("--batch-size", type=int, default=24, help="prompts a step (Manager 24, Answer Agent 16)")
     add("--group-size", type=int, help="completions of each prompt (grpo 8, ppo 4)")
     add("--reward", choices=("em", "f1", "judge", "composite"), default="em",
         help="how an answer is scored; em is the paper's (em)")
@@ -116,12 +116,11 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
         help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
 
 
-def fill_defaults(args: argparse.Namespace, by_data=(), by_model=(), by_algorithm=()) -> argparse.Namespace:
+def fill_defaults(args: argparse.Namespace, by_data=(), by_model=()) -> argparse.Namespace:
     """Fills what depends on other flags, first from an agent's own tables; refuses numbers that make no sense."""
-    is_other = Path(args.model).resolve() != TINY.resolve()
     for defaults, column in ((BY_DATA | dict(by_data), args.data != "synthetic"),
-                             (BY_MODEL | {"lr": LR[args.algo]} | dict(by_model), is_other),
-                             (BY_ALGORITHM | dict(by_algorithm), ALGORITHMS.index(args.algo))):
+                             (BY_MODEL | {"lr": LR[args.algo]} | dict(by_model), not is_tiny(args.model)),
+                             (BY_ALGORITHM, ALGORITHMS.index(args.algo))):
         for name, values in defaults.items():
             if getattr(args, name, 0) is None:
                 setattr(args, name, values[column])
@@ -147,8 +146,8 @@ def fill_defaults(args: argparse.Namespace, by_data=(), by_model=(), by_algorith
 
 def usual(model: str) -> dict:
     """The settings that suit a model in conversation: those of synthetic talk for the tiny one, of real data else."""
-    is_other = Path(model).resolve() != TINY.resolve()
-    return {name: values[is_other] for name, values in (BY_DATA | BY_MODEL).items()}
+    return {name: values[not is_tiny(model)] for name, values in (BY_DATA | BY_MODEL).items()}
+
 
 def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
                  "--gradient-checkpointing", go_on="") -> None:

@@ -227,7 +227,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     done = restore(run, task, parameters, optimizer, rng)
     if done is None:
         done = 0
-        report(run, on_main(task.evaluate, "untrained", 0))
+        run.report(on_main(task.evaluate, "untrained", 0))
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -248,13 +248,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
-        report(run, task.evaluate("trained", config.steps))
-
-
-def report(run: Run, results: list[dict]) -> None:
-    for result in results:
-        run.log(result)
-        tqdm.write(run.line(result["step"], result))
+        run.report(task.evaluate("trained", config.steps))
 
 
 # ------------------------------------------------------------------------------------------------ a toy

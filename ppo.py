@@ -36,6 +36,7 @@ from tqdm import tqdm
 from data import TINY
 from distributed import gather, is_main, on_main, own_batches, seed_apart, share, sum_gradients, sum_over_ranks, wait
 from flags import Parser, exit_cleanly
+from grpo import Toy
 from policy import Completion, Policy, pad_right, spread
 from run import Run, first_not_finite, restore, save, seed_everything, writing
 
@@ -331,7 +332,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     done = restore(run, task, parameters, optimizer, rng)
     if done is None:
         done = 0
-        report(run, on_main(task.evaluate, "untrained", 0))
+        run.report(on_main(task.evaluate, "untrained", 0))
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -352,33 +353,10 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
-        report(run, task.evaluate("trained", config.steps))
-
-
-def report(run: Run, results: list[dict]) -> None:
-    for result in results:
-        run.log(result)
-        tqdm.write(run.line(result["step"], result))
+        run.report(task.evaluate("trained", config.steps))
 
 
 # ------------------------------------------------------------------------------------------------ a toy
-
-class Toy:
-    """A greeting; the reward is 1 for a reply that begins with a capital letter, which the tiny model seldom writes."""
-    state: dict = {}
-
-    def __init__(self, policy: Policy):
-        self.prompt = policy.encode([{"role": "user", "content": "Hello."}])
-
-    def batch(self, step: int) -> list:
-        return [self] * 4
-
-    def rewards(self, episodes, groups):
-        return torch.tensor([[float(one.text.strip()[:1].isupper()) for one in group] for group in groups]), {}, []
-
-    def evaluate(self, when: str, step: int) -> list[dict]:
-        return []
-
 
 def main(argv=None) -> None:
     """Learns the toy."""

@@ -52,6 +52,8 @@ COLUMNS = {  # of a line on the terminal
     "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
+
+
 def train(algorithm, policy, task, args: argparse.Namespace) -> None:
     """A whole run in its folder, by `algorithm`: a module with a `Config` and a `train`."""
     with locked(Path(args.out)) if is_main() else nullcontext():
@@ -69,6 +71,17 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # CUDA's too
+
+
+def batch_of(step: int, count: int, settings) -> list[int]:
+    """
+    Which of `count` items a step sees, by the `seed` and `batch_size` of the settings: all come up once, in random
+    order, before any comes up again.
+    """
+    places = range((step - 1) * settings.batch_size, step * settings.batch_size)
+    orders = {n: random.Random(f"{settings.seed} {n}").sample(range(count), count)
+              for n in {i // count for i in places}}
+    return [orders[i // count][i % count] for i in places]
 
 
 def random_state(**generators) -> dict:
@@ -331,6 +344,12 @@ class Run:
         """Appends a line to metrics.jsonl: six digits; nan and inf as null, their keys in `not_finite`."""
         if is_main():
             append(self.folder / "metrics.jsonl", [metrics])
+
+    def report(self, results: list[dict]):
+        """Logs held-out results and prints their lines."""
+        for result in results:
+            self.log(result)
+            tqdm.write(self.line(result["step"], result))
 
     def samples(self, rows: list[dict]):
         """Appends rollouts as a person would read them. Each has its `step`, by which resuming drops it."""

@@ -11,7 +11,6 @@ What differs from the paper and why:
 
 Shapes: P prompts, a completion each, C tokens in the longest. `mask` (P, C) is 1 on its tokens and EOS, not on padding.
 """
-import random
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from distributed import copy_from_main, is_main, on_main, own_batches, sum_gradients, sum_over_ranks, wait
 from policy import Policy
-from run import Run, first_not_finite, optimizer_tensors, restore_optimizer, restore_parameters, writing
+from run import Run, batch_of, first_not_finite, optimizer_tensors, restore_optimizer, restore_parameters, writing
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,6 @@ def update(policy: Policy, optimizer, prompts, completions, adapter: str, config
 
 # ------------------------------------------------------------------------------------------------ the loop
 
-def batch_of(step: int, count: int, config: Config) -> list[int]:
-    """Which of `count` demonstrations a step sees: all come up once, in random order, before any comes up again."""
-    places = range((step - 1) * config.batch_size, step * config.batch_size)
-    orders = {n: random.Random(f"{config.seed} {n}").sample(range(count), count) for n in {i // count for i in places}}
-    return [orders[i // count][i % count] for i in places]
-
-
 def learning_rate_share(step: int, config: Config) -> float:
     """Of the peak learning rate, at steps 1, 2, ..., `steps`."""
     left = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
@@ -118,7 +110,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     else:
         done = 0
         held_out = on_main(task.evaluate, "untrained", 0)
-        report(run, [{"step": 0, "eval": "teacher", "n": len(prompts), **about}, *held_out])
+        run.report([{"step": 0, "eval": "teacher", "n": len(prompts), **about}, *held_out])
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
@@ -139,13 +131,7 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     if is_main() and not run.is_complete(config.steps):
         with writing(run.folder):
             policy.save_adapter(adapter, run.folder / "adapter")
-        report(run, task.evaluate("trained", config.steps))
-
-
-def report(run: Run, results: list[dict]) -> None:
-    for result in results:
-        run.log(result)
-        tqdm.write(run.line(result["step"], result))
+        run.report(task.evaluate("trained", config.steps))
 
 
 def save(run: Run, step: int, parameters, optimizer) -> None:

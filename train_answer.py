@@ -10,7 +10,6 @@ An episode is one question to the finished bank of a conversation. The Manager i
 before the first step. The reward judges the answer alone; nothing rewards the selection but what it does for that.
 """
 import argparse
-import random
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +27,7 @@ from judge import make_scorer
 from memory import MemoryBank, make_embedder
 from plots import plot_run
 from policy import Policy
-from run import check_out, seed_everything, train
+from run import batch_of, check_out, seed_everything, train
 
 NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
 NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each
@@ -100,13 +99,8 @@ class AnswerTask:
 
     def batch(self, step: int) -> list[Episode]:
         """`--batch-size` questions; all come up once before any comes up again."""
-        P, count = self.args.batch_size, len(self.places)
-        chosen = []
-        for n in range((step - 1) * P, step * P):
-            if not chosen or n % count == 0:  # the order of this pass over the questions
-                order = random.Random(f"{self.args.seed} {n // count}").sample(range(count), count)
-            chosen.append(self.places[order[n % count]])
-        return [self.episode(place, self.num_shown(step)) for place in chosen]
+        return [self.episode(self.places[i], self.num_shown(step))
+                for i in batch_of(step, len(self.places), self.args)]
 
     def num_shown(self, step: int) -> int:
         """Memories shown: over the first `--grow` steps from four up to `--memories`."""
@@ -166,13 +160,13 @@ def arguments(argv=None) -> argparse.Namespace:
     own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
     own.add_argument("--max-operation-tokens", type=int,
                      help="of the frozen Manager's output (80; other models 512)")
+    parser.set_defaults(steps=40, batch_size=16, minibatch=4)
     args = parser.parse_args(argv)
     if args.algo == "sft":
         raise UsageError("--algo sft clones a Manager, as the paper does: give it to train_manager.py")
     return fill_defaults(
         args, by_data={"memories": (20, 60), "named_only": (False, False), "eval": (8, 1)},
-        by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512), "lr": (1e-3, 2e-5)},
-        by_algorithm={"steps": (40, 40, 40), "batch_size": (16, 16, 16), "minibatch": (4, 4, 0)})
+        by_model={"max_new_tokens": (200, 256), "max_operation_tokens": (80, 512), "lr": (1e-3, 2e-5)})
 
 
 def main(argv=None) -> None:

@@ -17,7 +17,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ import grpo
 import manager
 import ppo
 import sft
-from data import TINY, Dialogue, Question, Turn, UsageError
+from data import Dialogue, Question, Turn, UsageError, is_tiny
 from distributed import GO_ON, divide, gather, is_main, on_main, share, together
 from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
 from judge import Endpoint, Hosted, Kept, make_scorer
@@ -165,7 +164,7 @@ class ManagerTask:
             ids, case, _ = manager.fit_case(self.policy, case, args.max_prompt_tokens)
             shown = {None, *(memory.id for memory in case.memories)}
             if edits and all(edit.id in shown for edit in edits):
-                text = manager.write(edits, case, by_text=Path(args.model).resolve() == TINY.resolve())
+                text = manager.write(edits, case, by_text=is_tiny(args.model))
                 prompts.append(ids)
                 completions.append(self.policy.encode_reply(text))
                 ops.update(edit.event for edit in edits)

@@ -16,6 +16,11 @@ class UsageError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
 
 
+def is_tiny(model: str | Path) -> bool:
+    """Whether a hub id or folder is the tiny default model, whose usual settings are others than a real model's."""
+    return Path(model).resolve() == TINY.resolve()
+
+
 @dataclass(frozen=True)
 class Operation:
     """The edit of the memory bank a turn calls for. `old_memory` and `text` are whole memory texts or ''."""

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -178,7 +177,7 @@ def run_toy(folder, algorithm, out, stop=None, resume=False):
 
 def main(folder):
     """What each of two processes does for the tests below."""
-    groups = pickle.loads((folder / "groups").read_bytes())
+    groups = [[Completion(**one) for one in group] for group in json.loads((folder / "groups").read_text())]
     found = {name: step(folder / "model", groups, *case) for name, case in CASES.items()}
     found["sft"] = sft_step(folder / "model", groups)
     found["rewarded"], found["drawn"] = rewarded(), drawn()
@@ -191,7 +190,7 @@ def main(folder):
             run_toy(folder / "model", algorithm, stopped, stop=2)
         again, resumed = run_toy(folder / "model", algorithm, stopped, resume=True)
         found[f"runs of {algorithm.__name__}"] = [passed, again, [x.detach() for x in weights + resumed]]
-    (folder / f"found-{rank()}").write_bytes(pickle.dumps(found))
+    torch.save(found, folder / f"found-{rank()}")
 
 
 # ------------------------------------------------------------------------------------------------ the tests
@@ -204,10 +203,10 @@ def both(tiny_folder, tmp_path_factory):
     policy = policy_of(tiny_folder)
     with policy.using("agent"):
         groups = policy.sample(encoded(policy), G, 7, 0.8)
-    (folder / "groups").write_bytes(pickle.dumps(groups))
+    (folder / "groups").write_text(json.dumps(groups, default=vars))
     done = finished(torchrun(__file__, folder))
     assert done.returncode == 0, done.err
-    return folder, groups, [pickle.loads((folder / f"found-{i}").read_bytes()) for i in (0, 1)]
+    return folder, groups, [torch.load(folder / f"found-{i}", weights_only=True) for i in (0, 1)]
 
 
 def assert_same(alone, first, second):
