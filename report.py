@@ -33,10 +33,12 @@ NAMES = {  # the benchmark's name of a category and the paper's, in the paper's 
     **{number: (name, "") for number, name in transcript.CATEGORIES.items()}}
 PAPER = Path(data.__file__).parent / "paper.txt"  # its tables 1 and 3, columns as in `category_table`
 LEGEND = """\
-EM: answers right to the word; F1, BLEU-1: words shared with the right answer (Mem0's definitions; F1 LoCoMo: that
-benchmark's); in percent, in brackets 95 % intervals over questions. bank: memories at the end; ADD/UPD/DEL/NOOP: the
-Manager's edits; agree: edits that are the known ones; invalid: answers that cannot be read; cut: prompts without room
-for all memories. seconds: of banks and answers together; below, the median and the 95th percentile of single ones."""
+EM: answers right to the word; F1, BLEU-1: words shared with the right answer
+(Mem0's definitions; F1 LoCoMo: that benchmark's); in percent, in brackets 95 %
+intervals over questions. bank: memories at the end; ADD/UPD/DEL/NOOP: edits of
+the Manager, in percent; agree: those that are the known ones. invalid: answers
+that cannot be read; cut: prompts without room for all memories, in percent.
+ms: median and 95th percentile; seconds: banks and answers together."""
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -164,20 +166,23 @@ def milliseconds(row: dict, part: str) -> str:
     return f"{1000 * found['p50']:.1f}/{1000 * found['p95']:.1f}" if found else "-"
 
 
-COLUMNS = {
+SCORES = {
     "system": lambda row: row["system"],
     "EM": lambda row: percent(row["overall"], "em"), "F1": lambda row: percent(row["overall"], "f1"),
     "BLEU-1": lambda row: percent(row["overall"], "bleu1", False),
     "F1 LoCoMo": lambda row: percent(row["overall"], "f1_locomo", False),
-    "judge": lambda row: percent(row["overall"], "judge"), "bank": lambda row: f"{row['bank_size']:.1f}",
-    "ADD/UPD/DEL/NOOP": edits, "agree": lambda row: share(row["agreement"]),
-    "invalid": lambda row: share(row["invalid_rate"]), "cut": lambda row: share(row["cut_rate"]),
-    "seconds": lambda row: f"{row['seconds']:.0f}"}
-COSTS = {
-    "ms, p50/p95": lambda row: row["system"], "Manager": lambda row: milliseconds(row, "manager"),
-    "search": lambda row: milliseconds(row, "search"), "answer": lambda row: milliseconds(row, "answer"),
-    "Manager's tokens": lambda row: f"{row['manager_tokens']:.0f}" if row["manager_tokens"] else "-",
-    "tokens per answer": lambda row: f"{row['answer_tokens'] / row['overall']['n']:.1f}"}
+    "judge": lambda row: percent(row["overall"], "judge")}
+MEMORY = {
+    "memory": lambda row: row["system"], "bank": lambda row: f"{row['bank_size']:.1f}", "ADD/UPD/DEL/NOOP": edits,
+    "agree": lambda row: share(row["agreement"]),
+    "tokens": lambda row: f"{row['manager_tokens']:.0f}" if row["manager_tokens"] else "-",
+    "ms a turn": lambda row: milliseconds(row, "manager")}
+ANSWERS = {
+    "answers": lambda row: row["system"], "invalid": lambda row: share(row["invalid_rate"]),
+    "cut": lambda row: share(row["cut_rate"]),
+    "tokens each": lambda row: f"{row['answer_tokens'] / row['overall']['n']:.1f}",
+    "ms to search": lambda row: milliseconds(row, "search"), "ms to answer": lambda row: milliseconds(row, "answer"),
+    "seconds in all": lambda row: f"{row['seconds']:.0f}"}
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
@@ -195,11 +200,11 @@ def table(rows: Sequence[dict], columns: dict) -> str:
 def category_table(rows: Sequence[dict]) -> str:
     """F1/BLEU-1 and, where there is one, the judge's share, by category and overall, as the paper has it."""
     metrics = [metric for metric in ("f1", "bleu1", "judge") if rows[0]["overall"][metric] is not None]
-    heads = [("F1/BLEU-1/judge" if "judge" in metrics else "F1/BLEU-1", "  in the paper", "  questions"),
+    heads = [("F1/BLEU-1/judge" if "judge" in metrics else "F1/BLEU-1", "  the paper's", "  questions"),
              *((f"{number} {part['names'][0]}", part["names"][1], str(part["n"]))
                for number, part in rows[0]["by_category"].items()),
              ("overall", "Overall", str(rows[0]["overall"]["n"]))]
-    cells = [[row["system"], *("/".join(percent(part, metric, False, ".2f") for metric in metrics)
+    cells = [[row["system"], *("/".join(percent(part, metric, False) for metric in metrics)
                                for part in (*row["by_category"].values(), row["overall"]))] for row in rows]
     return aligned([*zip(*heads, strict=True), *cells])
 
@@ -210,13 +215,13 @@ def headline(benchmark: str, split: str, dialogues: Sequence[Dialogue], rows: Se
     counts = " or ".join(dict.fromkeys(str(row["memories"]) for row in rows))
     whose = "the person a question names" if rows[0]["named_only"] else "both speakers"
     return (f"{benchmark}, split {split}: {rows[0]['overall']['n']} questions about {len(dialogues)} x {num_turns:.0f} "
-            f"turns; shown: {counts} memories of {whose}\n")
+            f"turns\nshown: {counts} memories of {whose}\n")
 
 
 def tables(rows: Sequence[dict], with_paper: bool) -> str:
     """All of the terminal's tables for systems that were asked the same questions."""
-    parts = [table(rows, COLUMNS), category_table(rows), *([PAPER.read_text()] if with_paper else []),
-             table(rows, COSTS)]
+    parts = [table(rows, SCORES), category_table(rows), *([PAPER.read_text()] if with_paper else []),
+             *(table(rows, columns) for columns in (MEMORY, ANSWERS))]
     at_once = max(row["at_once"] for row in rows)  # as measured: answers may stem from an earlier start
     batches = "" if at_once == 1 else f"(shares of batches of up to {at_once}: --at-once 1 times single calls)\n"
     return "\n\n".join(parts) + "\n" + batches

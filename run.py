@@ -52,6 +52,8 @@ COLUMNS = {  # of a line on the terminal
     "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
+FIRST_TO_GO = (  # of them, where the terminal is too narrow for all
+    "clip_rate", "invalid_rate", "entropy", "completion_tokens", "value_loss", "zero_std_rate", "selected")
 
 
 def train(algorithm, policy, task, args: argparse.Namespace) -> None:
@@ -386,11 +388,14 @@ class Run:
         return any(row.get("eval") == "trained" and row["step"] == steps for row in rows)
 
     def line(self, step: int, metrics: dict) -> str:
-        """One step on the terminal: `step  12/60  reward  0.71  zero-std 0.12  kl 0.013  ...    1.4 s`"""
+        """One step on the terminal, as much as fits: `step  12/60  reward  0.71  zero-std 0.12  ...    1.4 s`"""
         steps = self.config.get("steps")
-        parts = [f"step {step:{max(3, len(str(steps)))}}/{steps}" if steps else f"step {step:5}"]
-        parts += [form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None]
-        return "  ".join(parts)
+        parts = {"step": f"step {step:{max(3, len(str(steps)))}}/{steps}" if steps else f"step {step:5}"}
+        parts |= {key: form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None}
+        for key in FIRST_TO_GO:
+            if len("  ".join(parts.values())) > shutil.get_terminal_size((200, 0)).columns:
+                parts.pop(key, None)
+        return "  ".join(parts.values())
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict):
         """

@@ -220,6 +220,7 @@ def test_without_a_flag_all_that_is_in_runs(tmp_path, monkeypatch, capsys):
         "base + base", "manager-grpo + base", "base + answer-grpo", "manager-grpo + answer-grpo", "base + answer-lone"]
     assert [row["system"] for row in found["rows"]] == short + long
     assert len(lines) == 5 * 12 and shown.out.count("5 questions") == 2 and shown.out.count("EM: ") == 1
+    assert all(len(line) <= 80 for line in shown.out.split("5 questions")[1].splitlines())  # a terminal's width
     for row in found["rows"]:
         assert {"system", "overall", "by_category", "bank_size", "ops", "seconds"} <= set(row)
         assert {"n", "em", "f1", "bleu1", "judge"} <= set(row["overall"]) and row["overall"]["n"] == 5

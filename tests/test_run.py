@@ -79,6 +79,19 @@ def test_line(tmp_path):
         "step  12/60  reward  0.71  zero-std 0.12  kl 0.013  entropy nan  tokens  21  invalid 0.03    1.4 s")
 
 
+def test_a_line_fits_a_narrow_terminal(tmp_path, monkeypatch):
+    every = {key: 0.12 for key in runs.COLUMNS if key not in ("eval", "loss", "n", "em", "f1", "agreement")}
+    run = Run(tmp_path, CONFIG)
+    monkeypatch.setenv("COLUMNS", "80")
+    for agent in ({"selected", "evidence"}, {"bank_size"}):  # the other agent's are absent
+        line = run.line(12, {key: value for key, value in every.items() if key not in agent})
+        assert len(line) <= 80 and "reward  0.12" in line and "explained  0.12" in line and "0.1 s" in line
+    monkeypatch.setenv("COLUMNS", "100")  # what is worth least goes first
+    assert run.line(12, {"reward": 0.7, "zero_std_rate": 0.1, "kl": 0.01, "clip_rate": 0.0, "entropy": 0.1,
+                         "completion_tokens": 21, "bank_size": 6, "seconds": 1}) == (
+        "step  12/60  reward  0.70  zero-std 0.10  kl 0.010  entropy 0.10  tokens  21  bank   6.0    1.0 s")
+
+
 def test_resuming_gives_the_files_of_a_run_that_was_not_killed(tmp_path):
     def train(run, first, last):
         for step in range(first, last):
