@@ -249,7 +249,7 @@ def main(argv=None) -> None:
     from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
     parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
                     "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
-                    epilog='example: python answer.py talk.json "Which car does Jon drive?"')
+                    epilog='example: python answer.py bank.json "Which car does Jon drive?"')
     add = parser.add_argument
     add("bank", metavar="BANK", help="a bank's file; a chat begins it if there is none")
     add("question", nargs="?", help="in quotes (none: a chat)")

@@ -35,7 +35,7 @@ from memory import Memory, MemoryBank, make_embedder
 from plots import plot_evaluation
 from policy import Policy
 from report import scores
-from run import append, note, seed_everything, tidy
+from run import append, note, read_config, seed_everything, tidy
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
@@ -85,14 +85,19 @@ def systems_of(args, setting: dict, sources, answers) -> list[System]:
     return systems
 
 
-def in_runs(policy, agent: str) -> list[str]:
-    """The folders in runs/ with an adapter for this agent and this model, which are loaded."""
-    found = []
-    for path in sorted(Path("runs").glob(f"{agent}-*/adapter/adapter_config.json")):
+def in_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
+    """The runs in runs/ that trained this agent on this model: {folder: settings}. Their adapters are loaded."""
+    found = {}
+    for path in sorted(Path("runs").glob("*/adapter/adapter_config.json")):
         folder = str(path.parents[1])
         try:
+            config = read_config(folder)
+            if config["agent"] != agent:
+                continue
+            if config.get("distill", distill) != distill:
+                raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation")
             policy.load_adapter(folder, folder)
-            found.append(folder)
+            found[folder] = config
         except UsageError as error:
             note(f"left out: {error}")
     return found
@@ -101,7 +106,7 @@ def in_runs(policy, agent: str) -> list[str]:
 def plan(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     """
     What is to be evaluated: tables of systems that are asked the same questions. On synthetic talk a Manager meets the
-    setting it is trained in; an Answer Agent meets its own, and the Manager of the same algorithm with it.
+    setting it is trained in; an Answer Agent meets its own, and the Manager it was trained with.
     """
     answers, is_synthetic = args.answer or ["base"], args.data == "synthetic"
     setting = REAL if not is_synthetic else LONG if set(answers) != {"base"} else SHORT
@@ -111,8 +116,9 @@ def plan(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     managers = ["base", *(in_runs(policy, "manager") if is_synthetic else [])]
     sources = ["none", "rag", "add-all", *managers, *(["oracle"] if is_synthetic else [])]
     planned = [(asked(args, setting, args.limit), systems_of(args, setting, sources, answers))]
-    pairs = [(["base", *(one for one in managers if one == agent.replace("answer-", "manager-"))], ["base", agent])
-             for agent in (in_runs(policy, "answer") if is_synthetic else [])]
+    pairs = [(["base", *(one for one in managers if label(one) == label(config.get("manager_adapter") or "base"))],
+              ["base", agent])
+             for agent, config in (in_runs(policy, "answer", args.distill) if is_synthetic else {}).items()]
     if pairs:
         systems = dict.fromkeys(one for pair in pairs for one in systems_of(args, LONG, *pair))
         planned.append((asked(args, LONG, min(LONG_LIMIT, args.limit or LONG_LIMIT)), list(systems)))
@@ -203,6 +209,11 @@ def raw_bank(dialogue: Dialogue, source: str, embedder) -> MemoryBank | list[Mem
     return bank
 
 
+def sha(content) -> str:
+    """A checksum of what JSON makes of something."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def digest(tensors) -> str:
     content = hashlib.sha256()
     for tensor in tensors:
@@ -218,8 +229,8 @@ def batches(items: Sequence, size: int) -> list:
 class Evaluation:
     """The models, what is known of the dialogues, and the lines so far: the answers, and how they came about."""
 
-    def __init__(self, policy, args, systems: list[System]):
-        self.policy, self.args = policy, args
+    def __init__(self, policy, args, planned: list[tuple[list[Dialogue], list[System]]]):
+        self.policy, self.args, systems = policy, args, [system for _, some in planned for system in some]
         policy.tokenizer.model_max_length = 1 << 30  # prompts are cut to --max-prompt-tokens here: it need not warn
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
@@ -233,15 +244,16 @@ class Evaluation:
                 policy.load_adapter(agent, agent)
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {
             "dtype": str(policy.model.dtype), "weights": digest(one[:64] for one in policy.model.parameters())}
-        self.fingerprints = {system.system: self.fingerprint(system) for system in systems}
-        kept = report.kept_lines(args.out, self.fingerprints, self.settings) if args.out else []
+        turns = {one.id: sha([asdict(turn) for turn in one.turns]) for dialogues, _ in planned for one in dialogues}
+        self.fingerprints = {(name, dialogue): sha([about, turns[dialogue]]) for name, about in (
+            (system.system, self.about(system)) for system in systems) for dialogue in turns}
+        kept, self.rows = report.kept(args.out, self.fingerprints, self.settings) if args.out else ([], {})
         self.lines = {report.key_of(line): line for line in kept}
 
-    def fingerprint(self, system: System) -> str:
-        """Of all that a system's answers hang on, trained weights included."""
+    def about(self, system: System) -> list:
+        """All that a system's answers hang on but the dialogue, trained weights included."""
         weights = [digest(self.policy.parameters(agent)) for agent in (system.source, system.answer)]
-        hosted = self.hosted.name if system.source == "endpoint" else ""
-        return hashlib.sha256(json.dumps([self.settings, asdict(system), weights, hosted]).encode()).hexdigest()[:16]
+        return [self.settings, asdict(system), weights, self.hosted.name if system.source == "endpoint" else ""]
 
     def agent(self, name: str):
         """The model that plays an agent, and its adapter: None for LoRA off."""
@@ -295,7 +307,9 @@ class Evaluation:
             wider = RERANK_FROM if self.reranker else 1
             ranked = [memory for memory, _ in answer.retrieve(bank, text, speakers, k * wider, system.named_only,
                                                               self.args.floor)]
-            ranked = self.reranker.best(text, ranked, 2 * k) if self.reranker else ranked
+            if self.reranker:
+                searched = answer.speakers_asked(text, speakers) if system.named_only else speakers
+                ranked = self.reranker.best(text, ranked, k * len(searched))
         seconds = time.perf_counter() - start
         ids, kept, dropped = manager.fit_prompt(
             self.policy, lambda memories: answer.messages(memories, speakers, text, self.args.distill), ranked,
@@ -320,7 +334,7 @@ class Evaluation:
 
     def line(self, system: System, dialogue, bank, about, question, prompt, completion, seconds) -> dict:
         given = answer.parse(completion.text)
-        return {"system": system.system, "fingerprint": self.fingerprints[system.system],
+        return {"system": system.system, "fingerprint": self.fingerprints[system.system, dialogue.id],
                 "dialogue": dialogue.id, "question": question.id, "category": question.category, "text": question.text,
                 "gold": question.answer, "prediction": given.text, "is_valid": given.is_valid,
                 **scores(given.text, question.answer, question.category),
@@ -419,6 +433,9 @@ def arguments(argv=None) -> argparse.Namespace:
         raise UsageError(f"--top-k {args.top_k}: must be at least 0")
     if args.floor is not None and not 0 <= args.floor <= 1:
         raise UsageError(f"--floor {args.floor}: must be from 0 to 1")
+    for flag in ("manager", "answer"):
+        for name in sorted({*BASELINES} & {*(getattr(args, flag) or [])}):
+            raise UsageError(f"--{flag} {name} is a baseline: give --system {name}")
     if "oracle" in (args.system or []) and is_real:
         raise UsageError("--system oracle needs known operations, which only --data synthetic has")
     if "endpoint" in (args.answer or []):
@@ -428,24 +445,25 @@ def arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def save(args, evaluation: Evaluation, tables: list[list[dict]]) -> None:
-    """FILE.json, replaced as a whole."""
+def save(args, evaluation: Evaluation, rows: list[dict]) -> None:
+    """FILE.json, replaced as a whole, with these rows beside those that it has of other systems."""
     if args.out:
-        judge, rows = evaluation.judge, [row for rows in tables for row in rows]
+        judge = evaluation.judge
+        evaluation.rows |= {row["system"]: row for row in rows}
         about = {"judge": {"model": judge.model, "unreadable": judge.unreadable}} if judge else {}
         report.write_report(args.out, {"data": args.data, "split": args.split, "settings": evaluation.settings,
-                                       "rows": rows, **about})
+                                       "rows": list(evaluation.rows.values()), **about})
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
+    seed_everything(args.seed)
     if args.compare:
         return print(report.comparison(*args.compare, args.seed))
-    seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype)
     planned = plan(policy, args)
-    evaluation, tables = Evaluation(policy, args, [system for _, systems in planned for system in systems]), []
-    save(args, evaluation, tables)
+    evaluation, tables = Evaluation(policy, args, planned), []
+    save(args, evaluation, [])
     for dialogues, systems in planned:
         evaluation.fill(dialogues, systems)
         lines = {system: [evaluation.lines[key] for key in evaluation.places(system, dialogues)] for system in systems}
@@ -454,7 +472,7 @@ def main(argv=None) -> None:
                 evaluation.mark([line for some in lines.values() for line in some])
         finally:  # a judge that falls silent costs its column alone
             tables.append([report.row_of(asdict(system), lines[system], args.seed) for system in systems])
-            save(args, evaluation, tables)
+            save(args, evaluation, tables[-1])
             print(report.headline(args.data, args.split, dialogues, tables[-1]))
             print(report.tables(tables[-1], args.paper))
     print(report.LEGEND)

@@ -58,8 +58,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add = parser.add_argument_group("the run").add_argument
     add("--algo", choices=ALGORITHMS, default="grpo", help="the algorithm; sft for the Manager alone (grpo)")
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file of one, or a "
-        "transcript of your own: see data/transcript.py (synthetic)")
+    add("--data", default="synthetic", help="synthetic, locomo, a file in its format, or a transcript of your own with "
+        "questions: see data/transcript.py (synthetic)")
     add("--out", metavar="DIR", help="the run's folder (runs/AGENT-ALGO)")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     add("--overwrite", action="store_true", help="replace the run in --out")
@@ -81,8 +81,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--lr", type=float,
         help="peak learning rate (tiny model: Manager by grpo or sft 3e-3, else 1e-3; others: grpo and ppo 2e-5, "
              "sft 1e-4)")
-    add("--warmup", type=int, default=5, help="steps until the learning rate is reached (5)")
-    add("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate afterwards (linear)")
+    add("--warmup", type=int, default=5, help="steps over which the learning rate rises (5)")
+    add("--schedule", choices=("linear", "constant"), default="linear", help="the rate then falls, or stays (linear)")
     add("--clip", type=float, default=0.2, help="the ratio is clipped to 1 +- this (0.2)")
     add("--beta", type=float, default=0.01, help="weight of the KL penalty towards the base model (0.01)")
     add("--loss-mean", choices=("completion", "token"),
@@ -93,7 +93,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--gamma", type=float, default=1.0, help="ppo: discount (1.0)")
     add("--lam", type=float, default=1.0, help="ppo: lambda of GAE (1.0)")
     add("--value-clip", type=float, default=0.2, help="ppo: values move at most this far in a step, 0: no limit (0.2)")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of a gradient (1.0)")
+    add("--grad-clip", type=float, default=1.0, help="largest norm of a gradient, 0 for no limit (1.0)")
     add("--checkpoint-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints (10)")
     add = parser.add_argument_group("model and memory").add_argument
     add("--rank", type=int, default=16, help="of LoRA (16)")

@@ -15,6 +15,7 @@ What differs from the paper and why:
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
 """
+import math
 import random
 import tempfile
 import time
@@ -28,7 +29,7 @@ from data import TINY
 from distributed import gather, is_main, on_main, own_batches, seed_apart, share, sum_gradients, sum_over_ranks, wait
 from flags import Parser, exit_cleanly
 from policy import Completion, Policy, pad_right
-from run import Run, first_not_finite, restore, save, seed_everything, writing
+from run import Run, first_not_finite, num_updates, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Config:
     steps: int = 90
     group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
     batch_size: int = 24  # P, prompts a step
-    epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1 and nothing is clipped
+    epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1, but for rounding
     minibatch: int = 0  # groups per optimizer step; 0: all of them at once
     lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
-    warmup: int = 5  # steps until the learning rate is reached
-    schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
+    warmup: int = 5  # steps over which the learning rate rises
+    schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of it, or "constant", as in the paper
     clip: float = 0.2
     beta: float = 0.01  # weight of the KL penalty
     loss_mean: str = "completion"  # "completion": over its tokens, then over completions; "token": over all tokens
@@ -170,7 +171,7 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
             if bad:  # a loss that is not finite has such gradients too
                 skips.append(bad)
                 continue
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item())
             optimizer.step()
     # E[-log pi] over all that was sampled: the entropy also of groups that are not scored again.
     entropy = -rollouts.logp_old.sum().item() / sum(lengths)
@@ -231,10 +232,12 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
+            before = num_updates(optimizer)
             try:
                 metrics, samples = train_step(policy, task, optimizer, adapter, config, step, rng)
             except torch.OutOfMemoryError:
-                save(run, step - 1, task, parameters, optimizer, rng)
+                if num_updates(optimizer) == before:  # else the step is half done
+                    save(run, step - 1, task, parameters, optimizer, rng)
                 raise
             run.log(metrics)
             run.samples(samples)

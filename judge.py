@@ -275,9 +275,13 @@ def make_judge(where: str, policy=None, cache: str | Path | None = None, **optio
     return Judge(policy, cache)
 
 
-def make_scorer(reward: str, where: str = "endpoint", policy=None) -> Callable[[Sequence[tuple[str, str, str]]], list]:
-    """A function that scores (question, prediction, gold) triples by `reward`; an empty prediction gets 0."""
+def make_scorer(reward: str, where: str = "endpoint", policy=None,
+                **options) -> Callable[[Sequence[tuple[str, str, str]]], list]:
+    """
+    A function that scores (question, prediction, gold) triples by `reward`; an empty prediction gets 0. `options` are
+    those of `make_judge`.
+    """
     if reward == "judge":
-        return make_judge(where, policy)
+        return make_judge(where, policy, **options)
     metric = METRICS[reward]
     return lambda triples: [metric(prediction, gold) for _, prediction, gold in triples]

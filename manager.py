@@ -24,7 +24,7 @@ import sys
 import textwrap
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -67,6 +67,7 @@ Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
 LONGEST_TEXT = 500  # characters of a stored memory; what a model writes beyond that is a fault, not a fact
 LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
 MOST_OPERATIONS = 32  # in one output
+MOST_OPENINGS = 100  # brackets and braces that may begin one
 CLOSE_ENOUGH = 0.6  # similarity from which a quoted text names a memory
 EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
 # What models read as a role or an end: <|im_end|>, </s>, <｜User｜>, [/INST]; "<3" and "[shares a photo: a dog]" stay.
@@ -153,16 +154,19 @@ def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | Non
 
 # ------------------------------------------------------------------------------------------------ parsing
 
-def first_json(text: str):
-    """The first JSON list or object in a text, whatever stands around it; None if there is none, or half of one."""
-    decoder, text = json.JSONDecoder(), text[:LONGEST_OUTPUT]
-    for opening in list(re.finditer(r"[\[{]", text))[:20]:  # a few openings, not every one of ten thousand
+def json_values(text: str) -> Iterator[list | dict | None]:
+    """The JSON lists and objects in a text, whatever stands around them. Half of one is None, and the last."""
+    decoder, text, end = json.JSONDecoder(), text[:LONGEST_OUTPUT], 0
+    for opening in list(re.finditer(r"[\[{]", text))[:MOST_OPENINGS]:
+        if opening.start() < end:  # inside what was read
+            continue
         try:
-            return decoder.raw_decode(text, opening.start())[0]
+            value, end = decoder.raw_decode(text, opening.start())
+            yield value
         except (ValueError, RecursionError):
             if re.match(r"[\[{]\s*[\[{\"]", text[opening.start():]):  # no "[see below]" but a list that breaks off:
-                return None  # what stands inside is not to be carried out alone
-    return None
+                yield None  # what stands inside is not to be carried out alone
+                return
 
 
 def similarity(a: str, b: str) -> float:
@@ -206,10 +210,14 @@ def parse(completion: str, case: Case) -> list[Edit] | None:
     A completion as edits, in order; None if any of it cannot be carried out. NOOPs are kept, they are counted.
     '[{"event": "DELETE", "id": 1}]' -> [Edit("DELETE", id of the first memory shown)]
     """
-    found = first_json(completion)
-    if isinstance(found, dict):
-        found = found["memory"] if isinstance(found.get("memory"), list) else [found]
-    if not isinstance(found, list) or len(found) > MOST_OPERATIONS:
+    lists = []
+    for value in json_values(completion):
+        if isinstance(value, dict):
+            value = value["memory"] if isinstance(value.get("memory"), list) else [value]
+        if not value or any("event" in item for item in value if isinstance(item, dict)):  # no [1], a mere reference
+            lists.append(value)
+    found = [item for items in lists for item in items or ()]
+    if not lists or None in lists or len(found) > MOST_OPERATIONS:
         return None
     edits = [parse_edit(item, case.shown()) for item in found]
     changed = [edit.id for edit in edits if edit and edit.id is not None]
@@ -256,7 +264,7 @@ def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> l
 
 def parse_facts(completion: str) -> list[str]:
     """The strings of the first JSON list: '["Jon moved."]' -> ["Jon moved."]. Anything else: no facts."""
-    found = first_json(completion)
+    found = next(json_values(completion), None)
     found = found.get("facts") if isinstance(found, dict) else found
     texts = [folded(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) \
         else []
@@ -312,10 +320,13 @@ class Built:
 
 
 def bank_report(built: Sequence[Built]) -> dict:
-    """Of some banks: memories in the mean, operations by event, agreement with the known ones (None: none known)."""
-    judged = sum(one.judged for one in built)
-    return {"bank_size": sum(len(one.bank) for one in built) / len(built),
-            "ops": dict(sum((one.ops for one in built), Counter())),
+    """
+    Of some banks: memories in the mean, operations by event, the share of invalid outputs among them, agreement with
+    the known ones (None: none known).
+    """
+    judged, ops = sum(one.judged for one in built), sum((one.ops for one in built), Counter())
+    return {"bank_size": sum(len(one.bank) for one in built) / len(built), "ops": dict(ops),
+            "invalid_rate": ops["invalid"] / max(1, ops.total()),
             "agreement": sum(one.agreed for one in built) / judged if judged else None}
 
 
@@ -371,9 +382,8 @@ def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "mod
             outputs = manage(policy, cases, adapter, max_prompt_tokens, max_new_tokens)
             for d, case, (parsed, dropped) in zip(asked, cases, outputs, strict=True):
                 built[d].decisions.append((case, parsed))
-                built[d].ops["invalid"] += parsed is None
                 built[d].dropped += dropped
-                edits[d] = parsed or [Edit("NOOP")]
+                edits[d] = parsed
         for d in live:
             step_bank(built[d], dialogues[d].turns[i], edits[d], keep_history)
     return built
@@ -397,14 +407,15 @@ def fit_case(policy, case: Case, max_prompt_tokens: int | None) -> tuple[list[in
     return ids, with_memories(kept), dropped
 
 
-def step_bank(built: Built, turn: Turn, edits: list[Edit], keep_history: bool) -> None:
+def step_bank(built: Built, turn: Turn, edits: list[Edit] | None, keep_history: bool) -> None:
+    """Carries out the edits of a turn and counts them. None, an invalid output, leaves the bank as it is."""
     if keep_history:
         built.history.append(tuple(built.bank))
     if turn.operation:
         built.judged += 1
-        built.agreed += same_edit(edits, built.bank, turn.operation)
-    built.ops.update(edit.event for edit in edits)
-    for id in apply(built.bank, edits, turn.speaker, turn.time):
+        built.agreed += edits is not None and same_edit(edits, built.bank, turn.operation)
+    built.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
+    for id in apply(built.bank, edits or [], turn.speaker, turn.time):
         built.sources.setdefault(id, set()).add(turn.id)
 
 
@@ -461,7 +472,7 @@ def main(argv=None) -> None:
     from flags import Parser, usual
     from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
     parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
-                    epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out talk.json")
+                    epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out bank.json")
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="a transcript, see data/transcript.py (some synthetic talk)")
     add("--adapter", metavar="DIR", help="a Manager's run or adapter (none: the base model)")

@@ -5,7 +5,6 @@ Every picture, where matplotlib is there: of one run, of several side by side, o
 
 Colours are Okabe and Ito's, told apart by the colour-blind, and in print by how dark they are.
 """
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from data import UsageError
 from flags import Parser, exit_cleanly
 from report import NAMES
-from run import note, read_rows, writing
+from run import note, read_config, read_rows, writing
 
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
 EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}
@@ -102,12 +101,8 @@ def draw_shares(ax, rows):
 
 def read_run(folder: str) -> dict:
     """A run's name, what it trained, its training rows and its held-out results."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text())
-        about = {"name": Path(folder).name, "agent": config["agent"], "algo": config["algo"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
-    rows = read_rows(Path(folder, "metrics.jsonl"))
+    config, rows = read_config(folder), read_rows(Path(folder, "metrics.jsonl"))
+    about = {"name": Path(folder).name, "agent": config["agent"], "algo": config["algo"]}
     return {**about, "steps": [row for row in rows if "eval" not in row],
             "results": {row["eval"]: row for row in rows if "eval" in row}}
 
@@ -116,11 +111,13 @@ def table_of_runs(runs: Sequence[dict]) -> str:
     """Every held-out result of every run, as Markdown."""
     shown = [key for key in ENDS if any(result.get(key) is not None for run in runs
                                         for result in run["results"].values())]
-    lines = ["| run | " + " | ".join(shown) + " | minutes | explained variance |", "|---" * (len(shown) + 3) + "|"]
+    heads = ["run", *shown, "minutes", "explained variance"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         minutes = sum(row["seconds"] for row in run["steps"]) / 60
         last = [row["explained_variance"] for row in run["steps"][-10:] if row.get("explained_variance") is not None]
-        for name, result in run["results"].items():
+        results = run["results"] if "trained" in run["results"] else {**run["results"], "trained": {}}
+        for name, result in results.items():
             numbers = ["" if result.get(key) is None else f"{result[key]:.3f}" for key in shown]
             ends = (f"{minutes:.1f}", f"{np.mean(last):.2f}" if last else "") if name == "trained" else ("", "")
             lines.append(f"| {run['name']}: {name} | " + " | ".join((*numbers, *ends)) + " |")
@@ -211,6 +208,8 @@ def main(argv=None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", default="curves.png", metavar="FILE.png", help="the picture (curves.png)")
     args = parser.parse_args(argv)
+    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--out {args.out}: give a name that ends in .png, .pdf or .svg")
     runs = [read_run(folder) for folder in args.runs]
     print(table_of_runs(runs))
     plot_runs(runs, args.out)

@@ -162,14 +162,14 @@ def token_scores(hidden, head, targets, temperature, chunk=None):
     return torch.cat(logps), torch.cat(entropies)
 
 
-def draw(logits, temperature, generator=None):
+def draw(logits, temperature):
     """One token a row and its log-prob, (N, V) -> (N,), (N,). Temperature 0 takes the likeliest token."""
     logp = (logits.float() / (temperature or 1)).log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
     else:  # where a uniform number falls in the cumulative distribution: on a CPU 8x faster than multinomial
         cdf = logp.exp().cumsum(-1)
-        u = 1 - torch.rand(len(cdf), 1, device=cdf.device, generator=generator)  # in (0, 1]
+        u = 1 - torch.rand(len(cdf), 1, device=cdf.device)  # in (0, 1]
         token = torch.searchsorted(cdf, u * cdf[:, -1:]).clamp(max=cdf.shape[1] - 1)  # beyond it only if NaN
     return token.squeeze(1), logp.gather(1, token).squeeze(1)
 
@@ -329,7 +329,7 @@ class Policy:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @torch.no_grad()
-    def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0, generator=None):
+    def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0):
         """
         A list of n Completions for each prompt, in order. Temperature 0 is greedy: a distinct prompt is then
         decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`.
@@ -345,11 +345,11 @@ class Policy:
                      for text, before in zip(texts, [None, *texts], strict=False)]
             size = max(1, sum(total <= self.max_batch_tokens for total in accumulate(costs)))
             batch, order = order[:size], order[size:]
-            generated = self._generate([rows[key] for key in batch], max_new_tokens, temperature, generator)
+            generated = self._generate([rows[key] for key in batch], max_new_tokens, temperature)
             done.update(zip(batch, generated, strict=True))
         return [[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)]
 
-    def _generate(self, rows, max_new_tokens, temperature, generator):
+    def _generate(self, rows, max_new_tokens, temperature):
         """One batch. Padding follows what all prompts begin with, so that all rows write in one column."""
         distinct = list(dict.fromkeys(rows))  # the longest first
         number, P = {prompt: i for i, prompt in enumerate(distinct)}, len(distinct[0])
@@ -380,7 +380,7 @@ class Policy:
                 else:
                     visible = visible[owners]
                     cache.reorder_cache(owners)
-            token, logp = draw(logits, temperature, generator)
+            token, logp = draw(logits, temperature)
             tokens[alive, t], logps[alive, t], lengths[alive] = token, logp, t + 1
             keep = (~torch.isin(token, self.eos)).nonzero().squeeze(1)
             if len(keep) == 0:
@@ -420,7 +420,8 @@ class Policy:
         """Tokens of one forward and backward pass: those a GPU's free memory should hold, by a cautious guess."""
         if self.device.type != "cuda":
             return 2**12
-        memory = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        memory = (torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+                  - torch.cuda.memory_allocated(self.device))
         # Of a token, backward needs the input of each linear layer, for A in float32, and about three times its output.
         size = sum(4 * x.base.in_features + 6 * x.base.out_features for x in self.layers.values())
         if self.checkpoints:  # of one layer at a time, with its gradient, and the input of every layer

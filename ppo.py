@@ -23,6 +23,7 @@ What differs from the paper and why:
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
 """
+import math
 import random
 import tempfile
 import time
@@ -38,7 +39,7 @@ from distributed import gather, is_main, on_main, own_batches, seed_apart, share
 from flags import Parser, exit_cleanly
 from grpo import Toy
 from policy import Completion, Policy, pad_right, spread
-from run import Run, first_not_finite, restore, save, seed_everything, writing
+from run import Run, first_not_finite, num_updates, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Config:
     minibatch: int = 6  # groups per optimizer step; 0: all of them at once. A critic needs many steps
     lr: float = 1e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     critic_lr: float = 2e-3  # a few times lr: the critic has to keep up with a policy that moves
-    warmup: int = 5  # steps until the learning rates are reached
-    schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant", as in the paper
+    warmup: int = 5  # steps over which the learning rates rise
+    schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of them, or "constant", as in the paper
     clip: float = 0.2
     value_clip: float = 0.2  # a value may come this much closer to its return in a step; 0: no limit
     gamma: float = 1.0  # discount
@@ -254,7 +255,7 @@ def update(policy: Policy, critic: Critic, optimizer, rollouts: Rollouts, adapte
             if bad:  # a loss that is not finite has such gradients too
                 skips.append(bad)
                 continue
-            norm, _ = (torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
+            norm, _ = (torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip or math.inf)
                        for group in optimizer.param_groups)
             norms.append(norm.item())
             optimizer.step()
@@ -336,10 +337,12 @@ def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) ->
     steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
     with run.ending_steps():
         for step in steps:
+            before = num_updates(optimizer)
             try:
                 metrics, samples = train_step(policy, critic, task, optimizer, adapter, config, step, rng)
             except torch.OutOfMemoryError:
-                save(run, step - 1, task, parameters, optimizer, rng)
+                if num_updates(optimizer) == before:  # else the step is half done
+                    save(run, step - 1, task, parameters, optimizer, rng)
                 raise
             run.log(metrics)
             run.samples(samples)

@@ -212,10 +212,11 @@ def category_table(rows: Sequence[dict]) -> str:
 def headline(benchmark: str, split: str, dialogues: Sequence[Dialogue], rows: Sequence[dict]) -> str:
     """What the tables below it are about."""
     num_turns = sum(len(dialogue.turns) for dialogue in dialogues) / len(dialogues)
-    counts = " or ".join(dict.fromkeys(str(row["memories"]) for row in rows))
-    whose = "the person a question names" if rows[0]["named_only"] else "both speakers"
+    whole = not rows[0]["named_only"]  # else a question that names one person is shown half
+    counts = " or ".join(dict.fromkeys(str(row["memories"] if whole else max(1, row["memories"] // 2)) for row in rows))
+    whose = "half of each speaker" if whole else "of each person a question names"
     return (f"{benchmark}, split {split}: {rows[0]['overall']['n']} questions about {len(dialogues)} x {num_turns:.0f} "
-            f"turns\nshown: {counts} memories of {whose}\n")
+            f"turns\nshown: {counts} memories, {whose}\n")
 
 
 def tables(rows: Sequence[dict], with_paper: bool) -> str:
@@ -273,23 +274,25 @@ def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
         write(predictions_of(path), text.encode("utf-8", "replace"))
 
 
-def kept_lines(path: str | Path, fingerprints: dict[str, str], settings: dict) -> list[dict]:
+def kept(path: str | Path, fingerprints: dict[tuple, str], settings: dict) -> tuple[list[dict], dict[str, dict]]:
     """
-    The answers of an evaluation into FILE.json that was stopped: a torn line is cut off, and those of a system whose
-    fingerprint is another are refused, since they were given with other settings.
+    The answers of an earlier evaluation into FILE.json, and what it reports of each system. A torn line is cut off.
+    Answers whose fingerprint is another are refused, since they were given with other settings, and so is a report.
     """
-    before = read_report(path)["settings"] if Path(path).exists() else {}
-    predictions = predictions_of(path)
+    before = read_report(path) if Path(path).exists() else {"settings": settings, "rows": []}
+    predictions, past = predictions_of(path), before["settings"]
     lines = read_lines(predictions)
-    for line in lines:
-        if line.get("fingerprint") != fingerprints.get(line["system"], line.get("fingerprint")):
-            changed = [f"{name} was {before[name]}" for name, value in settings.items()
-                       if before.get(name, value) != value] or ["of what it was shown, or of its adapters"]
-            raise UsageError(f"{predictions}: {line['system']!r} was evaluated with other settings "
-                             f"({', '.join(changed)}): choose another --out, or delete that file")
+    rows = {row["system"]: row for row in before["rows"] if row["system"] in {line["system"] for line in lines}}
+    others = [line["system"] for line in lines if line.get("fingerprint") != fingerprints.get(
+        (line["system"], line["dialogue"]), line.get("fingerprint"))] or [*rows] * (past != settings)
+    if others:
+        changed = [f"{name} was {past.get(name)}" for name, value in settings.items()
+                   if past.get(name) != value] or ["of what it was shown, of its adapters, or of the conversation"]
+        raise UsageError(f"{predictions}: {others[0]!r} was evaluated with other settings ({', '.join(changed)}): "
+                         "choose another --out, or delete that file")
     if predictions.exists() and not predictions.read_bytes().endswith(b"\n"):
         write_lines(path, lines)
-    return lines
+    return lines, rows
 
 
 def key_of(line: dict) -> tuple:

@@ -87,11 +87,10 @@ def batch_of(step: int, count: int, settings) -> list[int]:
 
 
 def random_state(**generators) -> dict:
-    """All random states, fit for JSON: the libraries' own and each `Random` or `torch.Generator` given."""
+    """All random states, fit for JSON: the libraries' own and each `random.Random` given."""
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    given = {name: as_hex(generator.get_state()) if isinstance(generator, torch.Generator) else
-             generator.getstate() for name, generator in generators.items()}
+    given = {name: generator.getstate() for name, generator in generators.items()}
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
             "torch": as_hex(torch.get_rng_state()), "cuda": [as_hex(one) for one in cuda], "given": given}
 
@@ -104,10 +103,7 @@ def restore_random_state(state: dict, **generators):
     for device, one in enumerate(state["cuda"][:torch.cuda.device_count()]):
         torch.cuda.set_rng_state(from_hex(one), device)
     for name, generator in generators.items():
-        if isinstance(generator, torch.Generator):
-            generator.set_state(from_hex(state["given"][name]))
-        else:
-            generator.setstate(as_tuple(state["given"][name]))
+        generator.setstate(as_tuple(state["given"][name]))
 
 
 def as_hex(tensor):
@@ -123,9 +119,14 @@ def as_tuple(value):
     return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
-def optimizer_tensors(optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
+def num_updates(optimizer) -> int:
+    """Steps that an AdamW has taken."""
+    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
+
+
+def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
     """A copy of an optimizer's state: {"optimizer.0.step": ..., "optimizer.0.exp_avg": ...}"""
-    return {f"{prefix}.{i}.{key}": value.detach().to("cpu", copy=True)
+    return {f"optimizer.{i}.{key}": value.detach().to("cpu", copy=True)
             for i, moments in optimizer.state_dict()["state"].items() for key, value in moments.items()}
 
 
@@ -139,12 +140,12 @@ def restore_parameters(parameters, tensors: dict[str, torch.Tensor]):
         parameter.data.copy_(found)
 
 
-def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"):
+def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor]):
     """The inverse of `optimizer_tensors`. The learning rate and the like stay those of `optimizer`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(re.escape(prefix) + r"\.(\d+)\.(\w+)", name)
+        found = re.fullmatch(r"optimizer\.(\d+)\.(\w+)", name)
         if found is None:
             continue
         i = int(found[1])
@@ -278,6 +279,16 @@ def digest(step, state, blob):
     checksum = hashlib.sha256(blob)
     checksum.update(json.dumps([step, state]).encode())
     return checksum.hexdigest()
+
+
+def read_config(folder: str | Path) -> dict:
+    """The settings of a run."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+        assert {"agent", "algo"} <= set(config)
+        return config
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
 
 
 @functools.cache

@@ -11,6 +11,7 @@ What differs from the paper and why:
 
 Shapes: P prompts, a completion each, C tokens in the longest. `mask` (P, C) is 1 on its tokens and EOS, not on padding.
 """
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,8 +29,8 @@ class Config:
     steps: int = 90
     batch_size: int = 24  # P, demonstrations a step
     lr: float = 3e-3  # for LoRA on the tiny model; 1e-4 on a model of billions
-    warmup: int = 5  # steps until the learning rate is reached
-    schedule: str = "linear"  # after that: "linear" to 0 at the last step, or "constant"
+    warmup: int = 5  # steps over which the learning rate rises
+    schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of it, or "constant"
     grad_clip: float = 1.0
     micro_batch_tokens: int = 0  # of one forward and backward pass; 0: what fits, see `Policy.room`
     checkpoint_every: int = 10  # steps
@@ -70,7 +71,7 @@ def update(policy: Policy, optimizer, prompts, completions, adapter: str, config
     sums = sum_over_ranks(sums)
     bad = first_not_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
     if not bad:
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item()
         optimizer.step()
     return {**sums, "grad_norm": norm, "skipped": int(bool(bad))} | ({"not_finite_in": bad} if bad else {})
 

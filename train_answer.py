@@ -73,14 +73,14 @@ class AnswerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.manager_adapter = "manager" if args.manager_adapter else None
-        self.score = make_scorer(args.reward, args.judge, policy)
+        self.score = make_scorer(args.reward, args.judge, policy, device=args.device, dtype=args.dtype)
         if args.data == "synthetic":
             train = data.load("synthetic", "train", count=NUM_DIALOGUES, seed=args.seed, num_turns=NUM_TURNS)
             held_out = data.load("synthetic", "test", count=args.eval, seed=1, num_turns=NUM_TURNS)
         else:
-            train, held_out = data.load(args.data, "train"), data.load(args.data, "val")[:args.eval]
+            train, held_out = data.load(args.data, "train"), data.load(args.data, "val") if args.eval else []
         self.places = self.build(train, "train")[0]
-        self.held_out, built = self.build(held_out, "held out")
+        self.held_out, built = self.build(held_out[:args.eval], "held out")
         self.about_banks = manager.bank_report(built) if built else {}
         if not self.places:
             raise UsageError(f"--data {args.data}: there is no question to train on")
@@ -143,6 +143,7 @@ class AnswerTask:
                                     "answer" if when == "trained" else None, args.max_new_tokens)
         pairs = [(given.text, place.question.answer) for given, place in zip(answers, self.held_out, strict=True)]
         return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.about_banks,
+                 "invalid_rate": sum(not given.is_valid for given in answers) / len(answers),
                  **selection(episodes, answers)}]
 
 

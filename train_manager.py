@@ -68,7 +68,7 @@ class ManagerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.answer_adapter = "answer" if args.answer_adapter else None
-        self.score = make_scorer(args.reward, args.judge, policy)
+        self.score = make_scorer(args.reward, args.judge, policy, device=args.device, dtype=args.dtype)
         self.teacher = None
         if args.algo == "sft" and args.teacher == "endpoint":
             self.teacher = Hosted(Kept(Endpoint.from_environment("MANAGER"), REPLIES))
@@ -83,7 +83,7 @@ class ManagerTask:
     def load_held_out(self, phrasing: str) -> list[Dialogue]:
         if self.args.data == "synthetic":
             return data.load("synthetic", "test", count=self.args.eval, seed=1, phrasing=phrasing)
-        return data.load(self.args.data, "val")[:self.args.eval]
+        return data.load(self.args.data, "val")[:self.args.eval] if self.args.eval else []
 
     # -------------------------------------------------------------------------------------------- episodes
 
@@ -204,7 +204,7 @@ class ManagerTask:
                                           for text, question in zip(given, episodes[i].questions, strict=True)]))
         for (i, g, _), given in zip(candidates, answers, strict=True):
             scores = [next(scored) for _ in given]
-            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else float(min(scores) >= 1)
+            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else min(scores)
             parts[i, g] = [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: one}
                            for question, text, one in zip(episodes[i].questions, given, scores, strict=True)]
         num_outputs = rewards.numel()
@@ -279,8 +279,8 @@ def arguments(argv=None) -> argparse.Namespace:
     own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
     own.add_argument("--max-answer-tokens", type=int, help="of its answers (48; other models 256)")
     own.add_argument("--linked", choices=("mean", "all"),
-                     help="reward: mean score over the linked questions, or 1 only if all are right (synthetic: all, "
-                          "real data: mean)")
+                     help="reward: the mean of the linked questions' scores, or for all the lowest: 1 only if all are "
+                          "right (synthetic: all, real data: mean)")
     own.add_argument("--refresh", type=int, default=5, help="steps until banks are built anew (5)")
     own.add_argument("--teacher", choices=("known", "endpoint"), default="known",
                      help="sft: whom to clone: the known operations, or a hosted model as Manager (MANAGER_URL, "

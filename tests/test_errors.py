@@ -15,6 +15,7 @@ from test_locomo import ENTRY
 
 import data.locomo
 import evaluate
+import plots
 import train_answer
 import train_manager
 from data import TINY
@@ -23,7 +24,7 @@ from policy import Policy
 from run import read_rows
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate}
+SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate, "plots": plots}
 QUICK = "--steps 1 --eval 0 --batch-size 2 --group-size 2 --max-new-tokens 8"
 
 # A command, in a folder with the files of `around`, and what its line says.
@@ -98,6 +99,11 @@ evaluate --system oracle --data locomo.json => --system oracle needs known opera
 evaluate --manager nowhere => adapter nowhere: cannot be read
 evaluate --manager endpoint => set MANAGER_URL (or OPENAI_BASE_URL) and MANAGER_MODEL
 evaluate --answer endpoint => --answer endpoint: only a Manager can be hosted
+evaluate --answer rag => --answer rag is a baseline: give --system rag
+evaluate --manager base oracle => --manager oracle is a baseline: give --system oracle
+evaluate --compare a.json b.json --seed -1 => --seed -1: must be from 0 to
+plots nowhere --out c.foo => --out c.foo: give a name that ends in .png, .pdf or .svg
+plots nowhere => nowhere is not a run's folder
 evaluate --reranker ./nowhere => --reranker ./nowhere: cannot be loaded
 evaluate --judge endpoint => set JUDGE_URL (or OPENAI_BASE_URL) and JUDGE_MODEL
 evaluate --paper => --paper has the numbers of LoCoMo's test split: add --data locomo
@@ -207,7 +213,8 @@ def files(folder):
 @pytest.mark.parametrize("command, words", TABLE, ids=[command for command, _ in TABLE])
 def test_one_line_and_exit_code_2(around, monkeypatch, capsys, command, words):
     script, *flags = shlex.split(command)
-    out = [] if script == "evaluate" else [*QUICK.split(), "--out", "run"]  # a flag given twice: the last one counts
+    is_training = script.startswith("train")  # a flag given twice: the last one counts
+    out = [*QUICK.split(), "--out", "run"] if is_training else []
     before = files(around)
     shown = said(script, [*out, *flags], monkeypatch, capsys)
     lines = [line for line in shown.err.splitlines() if not line.startswith(("note: ", "fetching "))]

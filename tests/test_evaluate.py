@@ -209,14 +209,18 @@ def test_settings_are_those_of_the_training_scripts():
 def test_without_a_flag_all_that_is_in_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LONG", {**evaluate.LONG, "count": 1, "num_turns": 8})
     monkeypatch.setattr(evaluate, "SHORT", {**evaluate.SHORT, "count": 1, "num_turns": 8})
-    for name in ("manager-grpo", "answer-grpo", "manager-ppo", "answer-lone"):
+    for name, agent, about in (
+            ("manager-grpo", "manager", {}), ("seven", "manager", {}), ("answer-lone", "answer", {"distill": True}),
+            ("answer-grpo", "answer", {"distill": True, "manager_adapter": "runs/manager-grpo/adapter"}),
+            ("answer-plain", "answer", {"distill": False}), ("manager-bad", "manager", {})):
         adapter(tmp_path / "runs" / name / "adapter", seed=len(name))
-    (tmp_path / "runs/manager-bad/adapter").mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps({"agent": agent, "algo": "grpo", **about}))
     (tmp_path / "runs/manager-bad/adapter/adapter_config.json").write_text("{}")
     found, lines = run("--limit", "5", "--out", "runs/x.json")
     shown = capsys.readouterr()
     assert "left out: adapter runs/manager-bad" in shown.err
-    short, long = ["none", "rag", "add-all", "base", "manager-grpo", "manager-ppo", "oracle"], [
+    assert "left out: runs/answer-plain was trained without distillation" in shown.err
+    short, long = ["none", "rag", "add-all", "base", "manager-grpo", "seven", "oracle"], [
         "base + base", "manager-grpo + base", "base + answer-grpo", "manager-grpo + answer-grpo", "base + answer-lone"]
     assert [row["system"] for row in found["rows"]] == short + long
     assert len(lines) == 5 * 12 and shown.out.count("5 questions") == 2 and shown.out.count("EM: ") == 1
@@ -275,7 +279,7 @@ def test_flags_of_the_manager():
         return run("--manager", "base", "--limit", "2", "--out", f"{len(flags)}{flags[:1]}.json", *flags)[0]["rows"][0]
     plain, alone, cut = row(), row("--top-k", "0"), row("--max-new-tokens", "1")
     assert "UPDATE" not in alone["ops"] and "DELETE" not in alone["ops"] and alone["ops"] != plain["ops"]
-    assert cut["ops"]["invalid"] == 20 and cut["bank_size"] == 0 < plain["bank_size"]
+    assert cut["ops"] == {"invalid": 20} and cut["agreement"] == 0 and cut["bank_size"] == 0 < plain["bank_size"]
     assert row("--extract")["ops"] != plain["ops"]
 
 
@@ -300,7 +304,7 @@ def test_full_context_loses_its_oldest_turns():
     policy, args = Policy.load(data.TINY), evaluate.arguments(["--max-prompt-tokens", "150"])
     dialogue = evaluate.asked(args, evaluate.SHORT, 1)[0]
     system = System("full-context", "full-context", "base", 4, True, 8)
-    evaluation = evaluate.Evaluation(policy, args, [system])
+    evaluation = evaluate.Evaluation(policy, args, [([dialogue], [system])])
     bank = evaluation.banks("full-context", [dialogue])[0][0]
     prompt, _ = evaluation.ask(system, dialogue, bank, dialogue.questions[0])
     assert len(prompt.prompt) <= 150 and 0 < len(prompt.shown) == 20 - prompt.dropped < 20
@@ -321,7 +325,7 @@ def test_a_reranker_chooses_the_memories(tmp_path, plain):
     assert sorted(best, key=lambda memory: memory.id) == memories
     assert reranker.best("What does Jon like?", memories[::-1], 2) == best[:2] and reranker.best("?", [], 2) == []
     found, lines = rag("--reranker", tmp_path / "cross")
-    assert [line["shown"] for line in lines] == [4] * 4 and found["settings"]["reranker"]
+    assert [line["shown"] for line in lines] == [2] * 4 and found["settings"]["reranker"]  # as many as without
     with pytest.raises(UsageError, match="--reranker .*no weights|--reranker .*cannot be loaded"):
         evaluate.Reranker(str(data.TINY), "cpu")
 
@@ -409,7 +413,7 @@ def test_predictions_of_other_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"other settings \(embedder was hash\)|other settings \(top_k was 4\)"):
         run("--manager", tmp_path / "m", "--limit", "1", "--out", "x.json", "--top-k", "3")
     adapter(tmp_path / "m", 2)
-    with pytest.raises(UsageError, match="or of its adapters"):
+    with pytest.raises(UsageError, match="of its adapters"):
         run("--manager", tmp_path / "m", "--limit", "1", "--out", "x.json")
     assert Path("x.predictions.jsonl").read_bytes() == before
 
@@ -544,6 +548,28 @@ def test_verdicts_of_two_judges_are_not_compared(capsys):
     made("b.json", [1, 1], judge=0.0, judge_model="another")
     run("--compare", "a.json", "b.json")
     assert "judge" not in capsys.readouterr().out
+
+
+def test_answers_about_a_conversation_that_has_changed_are_refused():
+    talk = {"turns": [{"speaker": "Jon", "text": "I have a dog named Buddy.", "time": "1 May 2023"},
+                      {"speaker": "Gina", "text": "Nice.", "time": "1 May 2023"}],
+            "questions": [{"question": "Which dog does Jon have?", "answer": "Buddy"}]}
+    flags = ("--data", "talk.json", "--system", "rag", "--out", "x.json")
+    Path("talk.json").write_text(json.dumps(talk))
+    run(*flags)
+    talk["turns"][0]["text"] = "I have a dog named Scout."
+    Path("talk.json").write_text(json.dumps(talk))
+    with pytest.raises(UsageError, match="or of the conversation"):
+        run(*flags)
+
+
+def test_systems_reported_before_stay_in_the_report():
+    before, _ = rag()
+    found, lines = run("--system", "none", "--limit", "2", "--out", "x.json")
+    assert found["rows"][0] == before["rows"][0] and [row["system"] for row in found["rows"]] == ["rag", "none"]
+    assert len(lines) == 6 and [row["overall"]["n"] for row in found["rows"]] == [4, 2]
+    with pytest.raises(UsageError, match="'rag' was evaluated with other settings .seed was 1"):
+        run("--system", "none", "--limit", "2", "--seed", "2", "--out", "x.json")
 
 
 def test_lines_without_a_fingerprint_are_refused():

@@ -142,7 +142,9 @@ FORMS = [
     ('{"memory": []}', [Edit("NOOP")]),
     (in_prose({"event": "DELETE", "id": 1}, {"event": "NOOP"}), [Edit("DELETE", 40), Edit("NOOP")]),
     ('[see below] [{"event": "DELETE", "id": 1}]', [Edit("DELETE", 40)]),
-    ('[{"event": "DELETE", "id": 1}] and [{"event": "DELETE", "id": 2}]', [Edit("DELETE", 40)]),
+    ('I update [1]: [{"event": "NOOP"}], see [2].', [Edit("NOOP")]),
+    ('[{"event": "DELETE", "id": 1}] and [{"event": "DELETE", "id": 2}]', [Edit("DELETE", 40), Edit("DELETE", 42)]),
+    ('{"event": "ADD", "text": "a"}\n{"event": "DELETE", "id": 1}', [Edit("ADD", None, "a"), Edit("DELETE", 40)]),
     (json.dumps([{"event": "DELETE", "old_memory": CAT}]), [Edit("DELETE", 47)]),
     ('[{"event": "DELETE", "old_memory": "Jon has a dog called  Budy"}]', [Edit("DELETE", 40)]),
     (json.dumps([{"event": "DELETE", "id": 2, "old_memory": CAT}]), [Edit("DELETE", 42)]),  # the id beats the quote
@@ -168,7 +170,8 @@ REFUSED = [
     json.dumps([{"event": "DELETE", "id": 1}, {"event": "DELETE", "old_memory": DOG}]),
     '[{"event": "ADD", "text": "a"}, {"event": "DELETE", "id": 9}]', '[{"event": "ADD", "text": "a"}, 3]',
     '{"memory": {"event": "NOOP"}}', '[{"event": "ADD", "text": "a\nb"}]', '[{"event": "ADD", "text": "a\x00"}]',
-    "[" + "1" * 5000 + "]", json.dumps([ADD] * 33), "[1] " + '[{"event": "NOOP"}]',
+    "[" + "1" * 5000 + "]", json.dumps([ADD] * 33), json.dumps(ADD) * 33,
+    '[{"event": "ADD", "text": "a"}]\n[{"event": "MERGE"}]', '[{"event": "NOOP"}] [{"event": "DELETE", "id"',
 ]
 
 
@@ -211,7 +214,7 @@ def test_only_the_completion_is_parsed(fake):
     fact = 'Say [{"event": "ADD", "text": "leak"}]'
     talk = Dialogue("d", ("Jon", "Gina"), (Turn("D1:1", 1, "Jon", fact, "1 May 2023"),), ())
     [built] = build_banks(fake(lambda messages: "no idea"), [talk], HASH, extract=False)
-    assert len(built.bank) == 0 and built.ops == {"invalid": 1, "NOOP": 1}
+    assert len(built.bank) == 0 and built.ops == {"invalid": 1}
 
 
 HUGE = [

@@ -231,23 +231,23 @@ def update(model, optimizer):
 def test_resumed_updates_are_bit_equal(tmp_path):
     """Model, optimizer and random states went through a checkpoint: the next update is the same."""
     model, optimizer = learner()
-    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    rng = random.Random(5)
     rng.gauss(0, 1), np.random.normal()  # each keeps the second of a pair for later
     update(model, optimizer)
     run = Run(tmp_path, CONFIG)
     run.save(1, {**model.state_dict(), **optimizer_tensors(optimizer)},
-             {"random": runs.random_state(rng=rng, generator=generator)})
+             {"random": runs.random_state(rng=rng)})
     draws = []
     for _ in range(2):
         update(model, optimizer)
         draws.append([model.weight.tolist(), rng.gauss(0, 1), rng.random(), random.random(),
-                      np.random.normal(), torch.rand(1).item(), torch.rand(1, generator=generator).item()])
+                      np.random.normal(), torch.rand(1).item()])
         model, optimizer = learner()
-        rng, generator = random.Random(), torch.Generator()
+        rng = random.Random()
         _, tensors, state = Run(tmp_path, CONFIG, resume=True).load()
         model.load_state_dict({name: tensors[name] for name in model.state_dict()})
         restore_optimizer(optimizer, tensors)
-        runs.restore_random_state(state["random"], rng=rng, generator=generator)
+        runs.restore_random_state(state["random"], rng=rng)
     assert draws[0] == draws[1]
 
 
@@ -261,7 +261,7 @@ def test_an_optimizer_of_another_shape(tmp_path):
     for tensors in ({"adapter.0": torch.zeros(4, 5)}, {}):
         with pytest.raises(UsageError, match=r"checkpoint's adapter.0 is not of shape \(3, 5\)"):
             runs.restore_parameters([torch.nn.Parameter(torch.zeros(3, 5))], tensors)
-    restore_optimizer(other, optimizer_tensors(optimizer, prefix="critic"))  # not its own: nothing to restore
+    restore_optimizer(other, {"critic.0.step": torch.ones(())})  # not its own: nothing to restore
     assert not other.state
 
 

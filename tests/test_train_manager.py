@@ -110,6 +110,8 @@ def test_reward_is_the_mean_score_or_all_of_them(made, monkeypatch):
     assert the_task.rewards([episode], noop)[0].item() == 0.5
     monkeypatch.setattr(the_task.args, "linked", "all")
     assert the_task.rewards([episode], noop)[0].item() == 0.0
+    monkeypatch.setattr(the_task, "score", lambda triples: [0.75, 0.5])  # a reward with degrees keeps them
+    assert the_task.rewards([episode], noop)[0].item() == 0.5
 
 
 def test_same_seed_same_episodes_whatever_came_before():

@@ -180,6 +180,21 @@ def test_a_full_gpu_costs_the_step_and_one_line(tiny, tmp_path, capsys, algorith
         0, 1, 2, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.parametrize("algorithm", [grpo, ppo])
+def test_a_gpu_that_is_full_between_two_updates_of_a_step_leaves_no_half_step(tiny, tmp_path, monkeypatch, algorithm):
+    """Otherwise the checkpoint would hold the first of them, under the name of the step before."""
+    before, calls, second = algorithm.first_not_finite, [], []
+
+    def full(named):  # called once an update
+        calls.extend(second)
+        return out_of_memory(None) if len(calls) == 2 else before(named)
+    monkeypatch.setattr(algorithm, "first_not_finite", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_toy(tiny, tmp_path, algorithm, minibatch=1, events={
+            2: lambda rewards: second.append(2) or torch.rand_like(rewards)})
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-00001"]
+
+
 # ------------------------------------------------------------------------------------------------ full disks
 
 @pytest.fixture

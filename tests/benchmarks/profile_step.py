@@ -1,5 +1,5 @@
 """
-Where the time of a default training step goes. The agent, the algorithm, then flags of the training script:
+Where the time of a default training step goes. The agent (manager), the algorithm (grpo), flags of the training script:
 
     OMP_NUM_THREADS=1 python tests/benchmarks/profile_step.py manager grpo
 
@@ -73,7 +73,7 @@ def report(title, seconds):
 
 
 def main():
-    agent, algo, *flags = sys.argv[1:]
+    agent, algo, *flags = sys.argv[1:] or ["manager", "grpo"]
     script, algorithm = {"manager": train_manager, "answer": train_answer}[agent], {"grpo": grpo, "ppo": ppo}[algo]
     profiler = profile(activities=[ProfilerActivity.CPU])
     for owner, method, stage in ((Policy, "sample", "sampling"), (algorithm, "update", "update"),

@@ -122,7 +122,7 @@ def steps(args):
         print(json.dumps([clock() - start, (memory(peak=True) - base) / 2 ** 20]), flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     add = parser.add_argument
     add("--size", choices=SIZES, default="tiny")
@@ -134,7 +134,7 @@ def main():
     add("--checkpointing", action="store_true")
     add("--trainers", nargs="+", default=["ours", "trl", "trl-compact"])
     add("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         args.group *= 2 if args.child == "ours-2G" else 1
         return (ours if args.child.startswith("ours") else trl)(args, *build(args.size))
