@@ -151,6 +151,7 @@ def plot_runs(runs: Sequence[dict], path: str | Path) -> None:
                             label=f"{algo.upper()}, {len(curves)} run{'s' * (len(curves) > 1)}")
             ax.set_xlabel("step" if over == "step" else "seconds of training")
         row[0].set_ylabel(f"reward, {'Memory Manager' if agent == 'manager' else 'Answer Agent'}")
+        row[0].set_ylim(bottom=0)
         row[0].legend(frameon=False, loc="lower right")
     save(figure, path)
 

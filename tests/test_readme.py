@@ -1,15 +1,20 @@
 """The README keeps its word: files, flags and functions exist, its code runs, its tables are complete."""
 import contextlib
+import glob
 import importlib
 import io
 import math
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
 import grpo
+import plots
 import policy
 import run
 import train_answer
@@ -107,6 +112,33 @@ def test_its_code_runs(a_place_with_runs, capsys):
     pytest.importorskip("peft")
     exec(peft, names)
     assert "default" in names["model"].peft_config and len(peft.splitlines()) == 3
+
+
+def test_its_runs_are_what_it_then_evaluates_and_draws(tmp_path, monkeypatch, capsys):
+    """Every run of the chapters on results, seeds and all, of a single step; the picture; the table of all in runs/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_answer, "NUM_TURNS", 8)
+    monkeypatch.setattr(train_answer, "NUM_DIALOGUES", 1)
+    for name in ("SHORT", "LONG"):
+        monkeypatch.setattr(evaluate, name, {**getattr(evaluate, name), "count": 1, "num_turns": 8})
+    chapters = section("Run it") + section("Does it learn?")
+    spans = re.findall(r"^(python train_.*)$|`((?:for|python) [^`]+)`", FENCED.sub(r"\2", chapters), re.MULTILINE)
+    said = "python() { echo \"$@\"; }\n" + "\n".join(" ".join("".join(span).split()) for span in spans)
+    commands = subprocess.run(["bash", "-c", said], capture_output=True, text=True, check=True).stdout.splitlines()
+    scripts = {"train_manager.py": train_manager, "train_answer.py": train_answer, "plots.py": plots}
+    done = set()
+    for script, *argv in map(shlex.split, sorted(commands, key=lambda command: command.startswith("plots"))):
+        if script in scripts and "endpoint" not in argv:
+            done.add(script)
+            if script == "plots.py":
+                scripts[script].main([path for name in argv for path in sorted(glob.glob(name)) or [name]])
+            else:
+                scripts[script].main([*argv, *QUICK, "0", "--overwrite"])
+    assert done == set(scripts) and Path("learning.png").stat().st_size > 10_000
+    capsys.readouterr()
+    evaluate.main(["--limit", "2"])
+    shown = capsys.readouterr().out
+    assert all(path.name in shown for path in Path("runs").iterdir()) and len(list(Path("runs").iterdir())) >= 10
 
 
 # ------------------------------------------------------------------------------------------------ a step, its numbers
