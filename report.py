@@ -10,6 +10,7 @@ both names. F1 and BLEU-1 are Mem0's, which the paper most likely uses; LoCoMo's
 """
 import json
 import string
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -201,9 +202,11 @@ def category_table(rows: Sequence[dict]) -> str:
     """F1/BLEU-1 and, where there is one, the judge's share, by category and overall, as the paper has it."""
     metrics = [metric for metric in ("f1", "bleu1", "judge") if rows[0]["overall"][metric] is not None]
     heads = [("F1/BLEU-1/judge" if "judge" in metrics else "F1/BLEU-1", "  the paper's", "  questions"),
-             *((f"{number} {part['names'][0]}", part["names"][1], str(part["n"]))
+             *((*textwrap.wrap(f"{number} {part['names'][0]}", 14), part["names"][1], str(part["n"]))
                for number, part in rows[0]["by_category"].items()),
              ("overall", "Overall", str(rows[0]["overall"]["n"]))]
+    height = max(map(len, heads))  # of the longest name, "13 single-session-assistant"
+    heads = [("",) * (height - len(head)) + head for head in heads]
     cells = [[row["system"], *("/".join(percent(part, metric, False) for metric in metrics)
                                for part in (*row["by_category"].values(), row["overall"]))] for row in rows]
     return aligned([*zip(*heads, strict=True), *cells])

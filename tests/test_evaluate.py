@@ -572,6 +572,19 @@ def test_systems_reported_before_stay_in_the_report():
         run("--system", "none", "--limit", "2", "--seed", "2", "--out", "x.json")
 
 
+def test_long_names_of_categories_are_broken():
+    part = {"n": 2, "f1": 0.5, "bleu1": 0.25, "judge": None, "interval": {"f1": (0, 1), "bleu1": (0, 1)}}
+    rows = [{"system": "rag", "overall": part, "by_category": {
+        13: {"names": ["single-session-assistant", "OD"], **part}, 2: {"names": ["temporal", "Temporal"], **part}}}]
+    assert report.category_table(rows).splitlines() == [
+        "               13 single-",
+        "                 session-",
+        "F1/BLEU-1       assistant  2 temporal    overall",
+        "  the paper's          OD    Temporal    Overall",
+        "  questions             2           2          2",
+        "rag             50.0/25.0   50.0/25.0  50.0/25.0"]
+
+
 def test_lines_without_a_fingerprint_are_refused():
     rag()
     path = Path("x.predictions.jsonl")
