@@ -369,11 +369,11 @@ def main(argv=None) -> None:
     policy = Policy.load(TINY)
     policy.add_adapter("toy")
     task, config = Toy(policy), Config(steps=12, group_size=8, minibatch=2, lr=3e-3, critic_lr=6e-3, max_new_tokens=4)
-    before = policy.sample([task.prompt], 6, config.max_new_tokens)[0]
+    before = policy.sample([task.prompt], 4, config.max_new_tokens)[0]
     with tempfile.TemporaryDirectory() as folder:
         train(policy, task, Run(folder, vars(config)), "toy", config)
     with policy.using("toy"):
-        after = policy.sample([task.prompt], 6, config.max_new_tokens)[0]
+        after = policy.sample([task.prompt], 4, config.max_new_tokens)[0]
     for name, group in (("untrained", before), ("trained", after)):
         print(f"{name:9}  {'   '.join(repr(' '.join(one.text.split())) for one in group)}")
 
