@@ -116,11 +116,11 @@ def plan(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     managers = ["base", *(in_runs(policy, "manager") if is_synthetic else [])]
     sources = ["none", "rag", "add-all", *managers, *(["oracle"] if is_synthetic else [])]
     planned = [(asked(args, setting, args.limit), systems_of(args, setting, sources, answers))]
-    pairs = [(["base", *(one for one in managers if label(one) == label(config.get("manager_adapter") or "base"))],
-              ["base", agent])
-             for agent, config in (in_runs(policy, "answer", args.distill) if is_synthetic else {}).items()]
-    if pairs:
-        systems = dict.fromkeys(one for pair in pairs for one in systems_of(args, LONG, *pair))
+    systems = {}
+    for agent, config in (in_runs(policy, "answer", args.distill) if is_synthetic else {}).items():
+        built_by = [one for one in managers if label(one) == label(config.get("manager_adapter") or "base")]
+        systems |= dict.fromkeys(systems_of(args, LONG, ["base", *built_by], ["base", agent]))
+    if systems:
         planned.append((asked(args, LONG, min(LONG_LIMIT, args.limit or LONG_LIMIT)), list(systems)))
     return planned
 
@@ -244,9 +244,12 @@ class Evaluation:
                 policy.load_adapter(agent, agent)
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {
             "dtype": str(policy.model.dtype), "weights": digest(one[:64] for one in policy.model.parameters())}
-        turns = {one.id: sha([asdict(turn) for turn in one.turns]) for dialogues, _ in planned for one in dialogues}
-        self.fingerprints = {(name, dialogue): sha([about, turns[dialogue]]) for name, about in (
-            (system.system, self.about(system)) for system in systems) for dialogue in turns}
+        self.fingerprints = {}  # of all that an answer hangs on: {(system, dialogue): checksum}
+        for dialogues, some in planned:
+            turns = {one.id: sha([asdict(turn) for turn in one.turns]) for one in dialogues}
+            for system in some:
+                about = self.about(system)
+                self.fingerprints |= {(system.system, id): sha([about, said]) for id, said in turns.items()}
         kept, self.rows = report.kept(args.out, self.fingerprints, self.settings) if args.out else ([], {})
         self.lines = {report.key_of(line): line for line in kept}
 
@@ -305,11 +308,9 @@ class Evaluation:
             ranked, speakers = bank[::-1], (bank[0].speaker,)
         else:
             wider = RERANK_FROM if self.reranker else 1
-            ranked = [memory for memory, _ in answer.retrieve(bank, text, speakers, k * wider, system.named_only,
-                                                              self.args.floor)]
-            if self.reranker:
-                searched = answer.speakers_asked(text, speakers) if system.named_only else speakers
-                ranked = self.reranker.best(text, ranked, k * len(searched))
+            searched = answer.speakers_asked(text, speakers) if system.named_only else speakers
+            ranked = [memory for memory, _ in answer.retrieve(bank, text, searched, k * wider, floor=self.args.floor)]
+            ranked = self.reranker.best(text, ranked, k * len(searched)) if self.reranker else ranked
         seconds = time.perf_counter() - start
         ids, kept, dropped = manager.fit_prompt(
             self.policy, lambda memories: answer.messages(memories, speakers, text, self.args.distill), ranked,

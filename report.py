@@ -285,7 +285,8 @@ def kept(path: str | Path, fingerprints: dict[tuple, str], settings: dict) -> tu
     before = read_report(path) if Path(path).exists() else {"settings": settings, "rows": []}
     predictions, past = predictions_of(path), before["settings"]
     lines = read_lines(predictions)
-    rows = {row["system"]: row for row in before["rows"] if row["system"] in {line["system"] for line in lines}}
+    answered = {line["system"] for line in lines}
+    rows = {row["system"]: row for row in before["rows"] if row["system"] in answered}
     others = [line["system"] for line in lines if line.get("fingerprint") != fingerprints.get(
         (line["system"], line["dialogue"]), line.get("fingerprint"))] or [*rows] * (past != settings)
     if others:

@@ -285,9 +285,10 @@ def read_config(folder: str | Path) -> dict:
     """The settings of a run."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
-        assert {"agent", "algo"} <= set(config)
+        if not {"agent", "algo"} <= set(config):
+            raise ValueError("no agent, no algorithm")
         return config
-    except (OSError, ValueError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
 
 

@@ -78,9 +78,10 @@ class AnswerTask:
             train = data.load("synthetic", "train", count=NUM_DIALOGUES, seed=args.seed, num_turns=NUM_TURNS)
             held_out = data.load("synthetic", "test", count=args.eval, seed=1, num_turns=NUM_TURNS)
         else:
-            train, held_out = data.load(args.data, "train"), data.load(args.data, "val") if args.eval else []
+            train = data.load(args.data, "train")
+            held_out = data.load(args.data, "val")[:args.eval] if args.eval else []
         self.places = self.build(train, "train")[0]
-        self.held_out, built = self.build(held_out[:args.eval], "held out")
+        self.held_out, built = self.build(held_out, "held out")
         self.about_banks = manager.bank_report(built) if built else {}
         if not self.places:
             raise UsageError(f"--data {args.data}: there is no question to train on")
