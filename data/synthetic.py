@@ -316,5 +316,5 @@ def load(split: str = "train", count: int = 32, seed: int = 0, num_turns: int = 
     if split not in (*SPLITS, "pseudo"):
         raise UsageError(f"synthetic data has no split {split!r}: choose one of {', '.join(SPLITS)}, pseudo")
     rng = random.Random(f"{split} {seed} {phrasing}")
-    draw = drawer(split)
-    return [dialogue(rng, draw, f"{split}-{phrasing}-{seed}-{i}", num_turns, phrasing) for i in range(count)]
+    draw, length = drawer(split), "" if num_turns == 20 else f"-{num_turns}"  # others are other conversations
+    return [dialogue(rng, draw, f"{split}-{phrasing}-{seed}{length}-{i}", num_turns, phrasing) for i in range(count)]

@@ -307,3 +307,10 @@ def test_pseudo_words():
     made = [pseudo_word(rng, True) for _ in range(500)]
     assert all(re.fullmatch("[A-Z][a-z]{1,20}", word) for word in made) and len(set(made)) > 400
     assert pseudo_word(rng, False).islower()
+
+
+def test_conversations_of_other_lengths_have_other_ids():
+    """The second of a hundred turns begins unlike the second of twenty: facts of one are not the other's."""
+    short, long = (synthetic.load("test", 2, seed=1, num_turns=n) for n in (20, 100))
+    assert short[1].turns[0] != long[1].turns[0]
+    assert not {one.id for one in short} & {one.id for one in long}
