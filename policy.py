@@ -66,7 +66,8 @@ class LoRALinear(nn.Module):
         if self.policy.active not in self.adapters:  # LoRA off, or an adapter that leaves this layer alone
             return y
         A, B, scale = self.adapters[self.policy.active]
-        return torch.add(y, x.to(A.dtype) @ A.T @ B.T, alpha=scale).to(y.dtype)  # in float32, like PEFT's
+        low = x.to(A.dtype).flatten(0, -2) @ A.T  # (tokens, r); in float32, like PEFT's
+        return torch.addmm(y.to(A.dtype).flatten(0, -2), low, B.T, alpha=scale).to(y.dtype).view_as(y)
 
 
 @dataclass(frozen=True)
