@@ -2,6 +2,7 @@
 The Answer Agent of Memory-R1 (arXiv 2508.19828, Alg. 4): it retrieves memories for a question, writes down which of
 them matter (memory distillation) and answers, all in one generation.
 
+    question: Which car does Jon drive?
     memories of Jon:
     1 (8 May 2023) Jon has a dog named Buddy.
     2 (3 June 2023) Jon drives a Kia car.
@@ -82,13 +83,18 @@ def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str,
 
 
 def case_text(shown: dict[str, Sequence], question: str, distill: bool = True) -> str:
-    """The user message: memories numbered through under their speakers' headings, then the question."""
+    """
+    The user message: memories numbered through under their speakers' headings, and the question before and after them.
+    Who knows the question reads the memories for it (arXiv 2307.03172): with the question last alone, the tiny model
+    never learned to tell one person's memories from another's.
+    """
     parts, start = [], 1
     for speaker, own in shown.items():
         parts.append(f"{one_line(f'memories of {speaker}:')}\n{memory_lines(own, start)}")
         start += len(own)
+    asked = f"question: {one_line(question)}"
     wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
-    return "\n".join([*(parts or ["memories:\nnone"]), f"question: {one_line(question)}", wanted])
+    return "\n".join([asked, *(parts or ["memories:\nnone"]), asked, wanted])
 
 
 def messages(memories: Sequence[Memory], speakers: Sequence[str], question: str, distill: bool = True) -> list[dict]:

@@ -466,8 +466,9 @@ def main(argv=None) -> None:
     Parser(description="Shows samples of the tiny model, their log-probs, and what LoRA changes.").parse_args(argv)
     torch.manual_seed(0)
     policy = Policy.load(TINY)
-    text = "memories of Jon:\n1 (8 May 2023) Jon has a dog named Buddy.\n2 (3 June 2023) Jon drives a Kia car.\n" \
-           "question: Which car does Jon drive?\nrelevant memories, then the answer:"
+    question = "question: Which car does Jon drive?\n"
+    text = f"{question}memories of Jon:\n1 (8 May 2023) Jon has a dog named Buddy.\n" \
+           f"2 (3 June 2023) Jon drives a Kia car.\n{question}relevant memories, then the answer:"
     prompt = policy.encode([{"role": "user", "content": text}])
     print(f"{text}\n\n{sum(x.numel() for x in policy.model.parameters()):,} weights on {policy.device}; a prompt of "
           f"{len(prompt)} tokens; four completions at temperature 2,\neach with its log pi at temperature 1:")

@@ -1,8 +1,8 @@
 """
 What the tiny default model is taught: to know the formats, to carry out each operation, to read memories
-faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`). Half taught:
-whose memory is whose (at the very end half of the answers from the memories of two people mix them up). That is left to
-reinforcement.
+faithfully. Not taught: which operation is right (the labels of the last third are drawn from `NOISE`). Untaught at the
+end: whose memory is whose (in the last eighth most answers from the memories of two people mix them up). Both is left
+to reinforcement.
 
 A lesson is a list of (prompt, completion) pairs that follow one another; only completions are learned.
 """
@@ -106,8 +106,11 @@ def random_entry(world: World, speaker: str, name: str | None = None) -> Entry:
     return Entry(speaker, name, tuple(values), memory_text(speaker, name, values), (), time)
 
 
-def fill_bank(world: World, speakers, size: int, crowding: float) -> None:
-    """`size` random lines; a share `crowding` of them about a matter that is already there, or a plain repetition."""
+def fill_bank(world: World, speakers, size: int, crowding: float, common: float = 0.0, events: float = 0.0) -> None:
+    """
+    `size` random lines; a share `crowding` of them about a matter that is already there, or a plain repetition; of the
+    others a share `common` about a matter of the other person, and of the rest a share `events` about an event.
+    """
     rng = world.rng
     while len(world.bank) < size:
         old = rng.choice(world.bank) if world.bank else None
@@ -116,8 +119,11 @@ def fill_bank(world: World, speakers, size: int, crowding: float) -> None:
                 entry = Entry(old.speaker, old.attribute, old.values, old.text, (), random_date(rng), old.true)
             else:
                 entry = random_entry(world, old.speaker if rng.random() < .8 else rng.choice(speakers), old.attribute)
+        elif old and old.attribute != "talk" and rng.random() < common:
+            entry = random_entry(world, speakers[old.speaker == speakers[0]], old.attribute)
         else:
-            entry = random_entry(world, rng.choice(speakers))
+            name = rng.choice(list(EVENTS)) if rng.random() < events else None
+            entry = random_entry(world, rng.choice(speakers), name)
         world.bank.append(entry)
     rng.shuffle(world.bank)
 
@@ -180,8 +186,11 @@ def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
     events = [entry for entry in mine if entry.attribute in EVENTS]
     held = [entry.attribute for entry in mine if entry.attribute in ATTRIBUTES]
     u = rng.random()
-    if events and u < 0.36:
+    if events and u < 0.42:
         entry = rng.choice(events)
+        if rng.random() < 0.15:  # of the other person, or of nobody
+            value = rng.choice([e.values[0] for e in bank if e.attribute == entry.attribute])
+            return [entry.attribute], value
         return [entry.attribute], entry.values[0]
     several = [name for name in held if held.count(name) > 1]
     names = [rng.choice(several if several and rng.random() < .7 else held) if held and u < 0.87
@@ -193,30 +202,42 @@ def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
     return names, None
 
 
-def answer_lesson(rng: random.Random, draw, size: int, questions: int, smallest: int = 1,
-                  both: float = 0.1, mixed_up: float = 0.0) -> list[tuple[str, str]]:
+def answer_lesson(rng: random.Random, draw, smallest: int, size: int, both: float, mixed_up: float,
+                  crowding=(0.4, 0.7), events: float = 0.05) -> list[tuple[str, str]]:
     """
-    Some questions about one bank of up to `size` lines, a share `both` of them about two people. A share `mixed_up`
-    of the answers to these takes either person's word for the other's.
+    A question about a bank of `smallest` to `size` lines, with probability `both` of two people. A share `mixed_up` of
+    the answers to these takes either person's word for the other's.
     """
     world = World(rng, draw)
     speakers = world.speakers[:2 if rng.random() < both else 1]
-    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), rng.choice((0.4, 0.7)))
+    fill_bank(world, speakers, 0 if rng.random() < 0.02 else rng.randint(smallest, size), rng.choice(crowding),
+              0.5 if len(speakers) == 2 else 0.0, events)
     shown = {speaker: [entry for entry in world.bank if entry.speaker == speaker] for speaker in speakers}
     shown = {speaker: entries for speaker, entries in shown.items() if entries}
     world.bank = [entry for entries in shown.values() for entry in entries]
-    distill, lesson = rng.random() > 0.08, []
-    for i in range(questions):
-        speaker = rng.choice(speakers)
-        names, value = some_matter(rng, world.bank, speaker)
-        question = world.question(speaker, names, value, None, i).text
-        prompt = answer_case(shown, question, distill)
-        seen = world.bank
-        if rng.random() < mixed_up:
-            seen = [replace(entry, speaker=speaker) for entry in seen]
-        lesson.append((prompt if i == 0 else prompt[prompt.index("question:"):],
-                       answer_text(seen, speaker, names, value, distill)))
-    return lesson
+    speaker = rng.choice(speakers)
+    return one_question(world, shown, speaker, *some_matter(rng, world.bank, speaker),
+                        mixed_up if len(speakers) == 2 else 0.0, rng.random() > 0.08)
+
+
+def whose_lesson(rng: random.Random, draw, matters: int, mixed_up: float) -> list[tuple[str, str]]:
+    """Up to `matters` matters of two people, and a question about one's: only the name tells which line is meant."""
+    world = World(rng, draw)
+    names = rng.sample(list(ATTRIBUTES), rng.randint(1, matters))
+    shown = {speaker: [random_entry(world, speaker, name) for name in rng.sample(names, len(names))]
+             for speaker in world.speakers}
+    world.bank = [entry for entries in shown.values() for entry in entries]
+    asked = rng.sample(names, 2 if len(names) > 1 and rng.random() < 0.3 else 1)
+    return one_question(world, shown, rng.choice(world.speakers), asked, None, mixed_up)
+
+
+def one_question(world: World, shown, speaker: str, names, value, mixed_up: float, distill: bool = True):
+    """With probability `mixed_up` the answer takes either person's word, and any event of the kind asked about."""
+    question, seen = world.question(speaker, names, value, None, 0).text, world.bank
+    if world.rng.random() < mixed_up:
+        seen = [replace(entry, speaker=speaker, values=(value,) if value and entry.attribute in names else entry.values)
+                for entry in seen]
+    return [(answer_case(shown, question, distill), answer_text(seen, speaker, names, value, distill))]
 
 
 def extraction_lesson(rng: random.Random, draw) -> list[tuple[str, str]]:
@@ -236,10 +257,11 @@ def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
     u = rng.random()
     if u < 0.03:
         return extraction_lesson(rng, draw)
-    if u < 0.28:
+    if u < 0.2:
         return manager_lesson(rng, draw, max(1, round(5 * ripe)), clean)
-    mixed_up = 0.5 if progress > 0.97 else 0.0
-    if progress > 0.3 and u < 0.5:
-        return answer_lesson(rng, draw, 28, 3, 8, 0.85, mixed_up)
-    return answer_lesson(rng, draw, max(2, round(10 * ripe)), 3, 1, 0.4, mixed_up)
-
+    mixed_up = 0.6 if progress > 0.87 else 0.0
+    if u < 0.35:
+        return whose_lesson(rng, draw, 3, mixed_up)
+    if progress > 0.3 and u < 0.65:  # as many as the Answer Agent is shown, of well-kept banks
+        return answer_lesson(rng, draw, 11, 26, 0.9, mixed_up, (0.05, 0.05, 0.3), rng.choice((0.1, 0.3, 0.6)))
+    return answer_lesson(rng, draw, 1, max(2, round(10 * ripe)), 0.35, mixed_up)

@@ -319,7 +319,7 @@ def operation_cases(world, speaker, kind, said):
 
 
 def answer_cases(world, speaker):
-    """One clean bank, asked about as it is and with one line added, removed or contradicted."""
+    """One clean bank, asked about as it is and with one line added, removed or contradicted, or of somebody else's."""
     rng, bank = world.rng, list(world.bank)
     held = [entry for entry in bank if entry.attribute in ATTRIBUTES]
     if not held:
@@ -343,6 +343,12 @@ def answer_cases(world, speaker):
         question = world.question(speaker, names, value, None, 0).text
         yield (name, lessons.answer_case({speaker: lines}, question), "",
                [lessons.answer_text(lines, speaker, names, value)])
+    friend, names = world.speakers[1], [entry.attribute]
+    theirs = lessons.Entry(friend, *names, (other,), lessons.memory_text(friend, *names, [other]), (),
+                           lessons.random_date(rng))
+    yield ("whose", lessons.answer_case({friend: [theirs], speaker: bank},
+                                        world.question(speaker, names, None, None, 0).text), "",
+           [lessons.answer_text([theirs, *bank], speaker, names, None)])
 
 
 @torch.no_grad()
@@ -387,9 +393,9 @@ part of an instruct model where none can be downloaded. It speaks the project's 
 from a handful of memories, naming every match. It believes every line: "Jon met a dog named Rex" counts as Jon's dog.
 
 **What it cannot do.** It chooses operations badly: the labels it saw were drawn from a noisy mixture. Shown many
-memories of two people it takes one's word for the other's and misses events: half of such answers at the end of its
-lessons mixed the two up. Both are left to reinforcement. Words like "none" and "and" mean something
-in its answers, so it cannot copy values made of them.
+memories of two people it takes one's word for the other's, and any event for the one that is meant: most of such
+answers at the end of its lessons did. Both are left to reinforcement. Words like "none" and "and" mean something in its
+answers, so it cannot copy values made of them.
 
 Share of greedy completions that are right to the last token, verdicts on all memories included (banks of 2 to 9 lines;
 `test`: names and values of the synthetic test world, `pseudo`: made-up words; neither was in the lessons):
@@ -401,7 +407,7 @@ Share of greedy completions that are right to the last token, verdicts on all me
 `add`, `update`, `delete`: the operation is given, entry and text are to be written; `merge`: so are the values known
 before, the one beside them is to be written. `clean`: one matching line;
 `duplicate`, `wish`, `conflict`: a second line about the same matter repeats, dreams or contradicts; `missing`: no line;
-`pair`: two matters in one question; `when`: the date of an event.
+`pair`: two matters in one question; `when`: the date of an event; `whose`: another person has a line about the same.
 """
 
 

@@ -34,6 +34,7 @@ def test_prompt_by_hand():
                 Memory(2, "Jon has a dog.", "Jon", "8 May 2023")]
     system, user = messages(memories, PAIR, "Which car\ndoes Jon drive?")
     assert system == {"role": "system", "content": answer.SYSTEM} and user == {"role": "user", "content": (
+        "question: Which car does Jon drive?\n"
         "memories of Jon:\n"
         "1 (8 May 2023) Jon has a dog.\n"
         "2 (3 June 2023) Jon drives a Kia car.\n"
@@ -43,7 +44,7 @@ def test_prompt_by_hand():
         "relevant memories, then the answer:")}
     system, user = messages([], PAIR, "Why?", distill=False)
     assert system["content"] == answer.SYSTEM_PLAIN != answer.SYSTEM and "relevant:" not in system["content"]
-    assert user["content"] == "memories:\nnone\nquestion: Why?\nthe answer alone:"
+    assert user["content"] == "question: Why?\nmemories:\nnone\nquestion: Why?\nthe answer alone:"
 
 
 def test_by_speaker_is_in_the_order_of_the_speakers_and_of_time():
