@@ -70,7 +70,7 @@ def test_no_text_can_add_a_line_to_the_prompt(speaker, time, texts, facts):
     assert len(case_text(speaker, time, memories, facts).splitlines()) == 3 + max(1, len(texts)) + len(facts)
     assert len(manager.turn_text(speaker, time, facts[0]).splitlines()) == 3
     shown = {speaker: memories} if memories else {}
-    assert len(answer.case_text(shown, facts[0]).splitlines()) == 4 + max(0, len(texts) - 1)
+    assert len(answer.case_text(shown, facts[0]).splitlines()) == 5 + max(0, len(texts) - 1)
 
 
 MARKERS = """<|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> <|endoftext|> <start_of_turn> <bos> </s> <s> [INST]
