@@ -214,7 +214,6 @@ def answer_lesson(rng: random.Random, draw, smallest: int, size: int, both: floa
               0.5 if len(speakers) == 2 else 0.0, events)
     shown = {speaker: [entry for entry in world.bank if entry.speaker == speaker] for speaker in speakers}
     shown = {speaker: entries for speaker, entries in shown.items() if entries}
-    world.bank = [entry for entries in shown.values() for entry in entries]
     speaker = rng.choice(speakers)
     return one_question(world, shown, speaker, *some_matter(rng, world.bank, speaker),
                         mixed_up if len(speakers) == 2 else 0.0, rng.random() > 0.08)
@@ -226,14 +225,14 @@ def whose_lesson(rng: random.Random, draw, matters: int, mixed_up: float) -> lis
     names = rng.sample(list(ATTRIBUTES), rng.randint(1, matters))
     shown = {speaker: [random_entry(world, speaker, name) for name in rng.sample(names, len(names))]
              for speaker in world.speakers}
-    world.bank = [entry for entries in shown.values() for entry in entries]
     asked = rng.sample(names, 2 if len(names) > 1 and rng.random() < 0.3 else 1)
     return one_question(world, shown, rng.choice(world.speakers), asked, None, mixed_up)
 
 
 def one_question(world: World, shown, speaker: str, names, value, mixed_up: float, distill: bool = True):
     """With probability `mixed_up` the answer takes either person's word, and any event of the kind asked about."""
-    question, seen = world.question(speaker, names, value, None, 0).text, world.bank
+    question = world.question(speaker, names, value, None, 0).text
+    seen = [entry for entries in shown.values() for entry in entries]
     if world.rng.random() < mixed_up:
         seen = [replace(entry, speaker=speaker, values=(value,) if value and entry.attribute in names else entry.values)
                 for entry in seen]
