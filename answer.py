@@ -117,7 +117,8 @@ def parse(completion: str) -> Answer:
         listed = re.match(r"(?i)\s*relevant(?: memories)?\s*:(.*)", line)
         verdict = re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
         if listed:
-            selected += re.findall(r"\d{1,4}", listed[1])
+            undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
+            selected += re.findall(r"\d{1,4}", undated)  # "2 (8 May 2023)" is 2
         elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
             selected.append(verdict[1])
     answer = folded(found[-1][1][:LONGEST_ANSWER])
@@ -138,6 +139,12 @@ def ask(policy, bank: MemoryBank, question: str, speakers: Sequence[str], k: int
         named_only: bool = False, floor: float | None = None, max_prompt_tokens: int | None = None) -> Asked:
     """Retrieves for a question and writes the prompt."""
     ranked = [memory for memory, _ in retrieve(bank, question, speakers, k, named_only, floor)]
+    return ask_about(policy, ranked, question, speakers, distill, max_prompt_tokens)
+
+
+def ask_about(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], distill: bool = True,
+              max_prompt_tokens: int | None = None) -> Asked:
+    """Writes the prompt that shows these memories, given best first: of what does not fit, the last are dropped."""
     ids, kept, dropped = fit_prompt(policy, lambda memories: messages(memories, speakers, question, distill), ranked,
                                     max_prompt_tokens)
     return Asked(ids, [memory for own in by_speaker(kept, speakers).values() for memory in own], dropped)
@@ -252,7 +259,8 @@ def typed(prompt: str):
 def main(argv=None) -> None:
     """Answers one question to a bank, or talks with its owner."""
     from flags import Parser, usual
-    from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
+    from policy import Policy  # here: nothing above needs a model of its own, and these come after this file
+    from run import check_distill
     parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
                     "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
                     epilog='example: python answer.py bank.json "Which car does Jon drive?"')
@@ -267,6 +275,8 @@ def main(argv=None) -> None:
     embedder, is_there = make_embedder("hash"), args.question or os.path.exists(args.bank)
     bank = MemoryBank.load(args.bank, embedder) if is_there else MemoryBank(embedder)
     policy, settings = Policy.load(args.model), usual(args.model)
+    if args.answer:
+        check_distill(args.answer)
     for role in ("manager", "answer"):
         if getattr(args, role):
             policy.load_adapter(role, getattr(args, role))

@@ -11,6 +11,9 @@ process alone, to rounding; all take the same optimizer step, and no process eve
 
 Process 0, "main", alone writes, prints and evaluates. Where torchrun has started none, there is one process, main, and
 every function here gives back what it was given.
+
+Ctrl-C: torchrun passes it on and kills what has not ended 30 seconds later. Where a step may take longer, have it wait:
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun ...
 """
 import os
 import random

@@ -16,6 +16,7 @@ is reported from these lines alone, and an evaluation that was stopped goes on a
 import argparse
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +36,7 @@ from memory import Memory, MemoryBank, make_embedder
 from plots import plot_evaluation
 from policy import Policy
 from report import scores
-from run import append, note, read_config, seed_everything, tidy
+from run import append, check_distill, note, read_config, seed_everything, tidy
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
@@ -61,8 +62,8 @@ class System:
 
 
 def label(agent: str) -> str:
-    """runs/manager-grpo/adapter -> manager-grpo"""
-    return agent.rstrip("/").removesuffix("/adapter").removeprefix("runs/")
+    """./runs/manager-grpo/adapter -> manager-grpo"""
+    return os.path.relpath(agent).removesuffix("/adapter").removeprefix("runs/")
 
 
 def systems_of(args, setting: dict, sources, answers) -> list[System]:
@@ -94,8 +95,7 @@ def in_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
             config = read_config(folder)
             if config["agent"] != agent:
                 continue
-            if config.get("distill", distill) != distill:
-                raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation")
+            check_distill(folder, distill)
             policy.load_adapter(folder, folder)
             found[folder] = config
         except UsageError as error:
@@ -241,6 +241,7 @@ class Evaluation:
             if agent == "endpoint":
                 self.hosted = Hosted(Endpoint.from_environment("MANAGER"))
             elif agent not in (*BASELINES, "base", *policy.adapters):
+                check_distill(agent, args.distill)
                 policy.load_adapter(agent, agent)
         self.settings = {name: getattr(args, name) for name in SETTINGS} | {
             "dtype": str(policy.model.dtype), "weights": digest(one[:64] for one in policy.model.parameters())}
@@ -285,12 +286,12 @@ class Evaluation:
             return [(bank, {"size": len(bank)}) for bank in banks]
         args, (policy, adapter), n = self.args, self.agent(source), len(dialogues)
         meter, facts = Meter(policy), self.facts.setdefault(policy.name, {})
-        how = {"oracle": "known", "add-all": "add-all"}.get(source, "model")
-        if how != "known":
+        how = source if source in ("oracle", "add-all") else "model"
+        if how != "oracle":
             manager.read_facts(policy, dialogues, args.extract, facts, args.max_new_tokens)
         built = manager.build_banks(
             meter, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
-            None if policy is self.hosted else args.max_prompt_tokens, args.max_new_tokens, known=facts,
+            None if policy is self.hosted else args.max_prompt_tokens, args.max_new_tokens, cache=facts,
             progress=f"{label(source)}: reading {n} dialogues")
         cost = {"tokens": meter.tokens / n, "seconds": sum(meter.seconds) / n,
                 "calls": report.percentiles(meter.seconds)}
@@ -312,11 +313,8 @@ class Evaluation:
             ranked = [memory for memory, _ in answer.retrieve(bank, text, searched, k * wider, floor=self.args.floor)]
             ranked = self.reranker.best(text, ranked, k * len(searched)) if self.reranker else ranked
         seconds = time.perf_counter() - start
-        ids, kept, dropped = manager.fit_prompt(
-            self.policy, lambda memories: answer.messages(memories, speakers, text, self.args.distill), ranked,
-            self.args.max_prompt_tokens)
-        shown = [memory for own in answer.by_speaker(kept, speakers).values() for memory in own]
-        return answer.Asked(ids, shown, dropped), seconds
+        return answer.ask_about(self.policy, ranked, text, speakers, self.args.distill,
+                                self.args.max_prompt_tokens), seconds
 
     def answer(self, system: System, questions: list[tuple]) -> None:
         """Answers (dialogue, bank, what is reported of it, question) tuples, and writes the lines as they come."""
@@ -467,6 +465,7 @@ def main(argv=None) -> None:
     save(args, evaluation, [])
     for dialogues, systems in planned:
         evaluation.fill(dialogues, systems)
+    for dialogues, systems in planned:
         lines = {system: [evaluation.lines[key] for key in evaluation.places(system, dialogues)] for system in systems}
         try:
             if args.judge:

@@ -65,7 +65,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--seed", type=int, default=0, help="of everything random (0)")
     add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model (GPU: bfloat16, CPU: float32)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the base model (GPU: bfloat16, CPU: float32)")
     add("--eval", type=int, metavar="N", help="held-out conversations, 0 for none (Manager 32, Answer "
         "Agent 8; real data 1)")
     add = parser.add_argument_group("reinforcement").add_argument

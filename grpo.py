@@ -37,8 +37,8 @@ class Config:
     steps: int = 90
     group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
     batch_size: int = 24  # P, prompts a step
-    epochs: int = 1  # passes over a step's completions; with 1 the ratio stays 1, but for rounding
-    minibatch: int = 0  # groups per optimizer step; 0: all of them at once
+    epochs: int = 1  # passes over a step's completions
+    minibatch: int = 0  # groups per optimizer step; 0: all of them at once, and with 1 epoch the ratio stays 1
     lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
     warmup: int = 5  # steps over which the learning rate rises
     schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of it, or "constant", as in the paper

@@ -114,15 +114,20 @@ class Endpoint:
         base = f"{scheme}{host}{path.rstrip('/').removesuffix('/chat/completions')}"
         secret = self.key or base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         authorization = f"{'Bearer' if self.key else 'Basic'} {secret}" if secret else ""
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens}
+        body = {"model": self.model, "messages": messages}
+        limits = {"temperature": 0, "max_tokens": max_new_tokens}
         for pause in (*self.pauses, None):
             if stop.is_set():
                 return None
             asked = ""
             try:
-                status, text, asked = post(f"{base}/chat/completions{query}", body, authorization, self.timeout)
+                status, text, asked = post(f"{base}/chat/completions{query}", {**body, **limits}, authorization,
+                                           self.timeout)
                 if status < 300:
                     return content_of(text)
+                if status == 400 and limits and re.search("temperature|max_tokens", text):
+                    limits = {}  # models that reason take neither
+                    continue
                 told = "" if status in (401, 403) else text.replace(secret or "\0", "***")  # those may quote the key
                 trouble = one_line(f"HTTP {status} {told}")[:200]
                 if status < 500 and status not in (408, 429):
@@ -223,7 +228,6 @@ class Judge:
         self.cache = Path(cache or "~/.cache/memory-r1/judge.jsonl").expanduser()
         kept = self.cache.read_text("utf-8", "replace") if self.cache.is_file() else ""
         self.verdicts = dict(re.findall(r'(?m)^{"key": "(\w{64})", "label": "(CORRECT|WRONG)"}$', kept))
-        self.tail = "\n" if kept and not kept.endswith("\n") else ""  # ends a line that a kill tore
 
     def __call__(self, triples: Sequence[tuple[str, str, str]]) -> list[float]:
         chats = [judge_messages(*triple) if one_line(triple[1]) else None for triple in triples]
@@ -261,9 +265,8 @@ class Judge:
     def keep(self, key: str, label: str | None) -> None:
         if label:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.cache, "a", newline="\n") as file:  # one write: lines of several processes stay whole
-                file.write(self.tail + json.dumps({"key": key, "label": label}) + "\n")
-            self.verdicts[key], self.tail = label, ""
+            append(self.cache, [{"key": key, "label": label}])
+            self.verdicts[key] = label
 
 
 def make_judge(where: str, policy=None, cache: str | Path | None = None, **options) -> Judge:

@@ -9,7 +9,7 @@ and edits the bank with ADD, UPDATE, DELETE or NOOP.
     operations:
                      [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
 
-Departures from the paper, each explained where it is made:
+Departures from the paper:
 1. Only operations on the new facts are written; the paper's prompt re-lists every memory shown (long outputs).
 2. UPDATE and DELETE touch the one entry they name, by its number here or by its text; the pseudo-code of the
    paper drops all that was retrieved, its prompt goes by id.
@@ -263,12 +263,16 @@ def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> l
 # ------------------------------------------------------------------------------------------------ facts and cases
 
 def parse_facts(completion: str) -> list[str]:
-    """The strings of the first JSON list: '["Jon moved."]' -> ["Jon moved."]. Anything else: no facts."""
-    found = next(json_values(completion), None)
-    found = found.get("facts") if isinstance(found, dict) else found
-    texts = [folded(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)] if isinstance(found, list) \
-        else []
-    return [text for text in texts if text][:MOST_OPERATIONS]
+    """
+    The first JSON list of strings, or the empty one, bare or under "facts": '["Jon moved."]' -> ["Jon moved."]. A list
+    of anything else is passed over ("as in [1]: ..."); no such list: no facts.
+    """
+    for found in json_values(completion):
+        found = found.get("facts") if isinstance(found, dict) else found
+        if isinstance(found, list) and (not found or any(isinstance(text, str) for text in found)):
+            texts = [folded(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)]
+            return [text for text in texts if text][:MOST_OPERATIONS]
+    return []
 
 
 def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int = 256) -> list[tuple[str, ...]]:
@@ -287,11 +291,11 @@ def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int =
 Facts = dict[tuple[str, str], tuple[str, ...]]  # (dialogue id, turn id) -> facts
 
 
-def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, known: Facts, max_new_tokens: int = 256) -> None:
-    """Adds to `known` the facts of all turns it lacks. They depend on no bank, so all dialogues go in one batch."""
+def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, cache: Facts, max_new_tokens: int = 256) -> None:
+    """Adds to `cache` the facts of all turns it lacks. They depend on no bank, so all dialogues go in one batch."""
     missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
-               if (dialogue.id, turn.id) not in known}
-    known.update(zip(missing, facts_of(policy, list(missing.values()), extract, max_new_tokens), strict=True))
+               if (dialogue.id, turn.id) not in cache}
+    cache.update(zip(missing, facts_of(policy, list(missing.values()), extract, max_new_tokens), strict=True))
 
 
 def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
@@ -321,12 +325,12 @@ class Built:
 
 def bank_report(built: Sequence[Built]) -> dict:
     """
-    Of some banks: memories in the mean, operations by event, the share of invalid outputs among them, agreement with
-    the known ones (None: none known).
+    Of some banks: memories in the mean, operations by event, the share of invalid ones among a model's outputs,
+    agreement with the known operations (None: none known).
     """
     judged, ops = sum(one.judged for one in built), sum((one.ops for one in built), Counter())
     return {"bank_size": sum(len(one.bank) for one in built) / len(built), "ops": dict(ops),
-            "invalid_rate": ops["invalid"] / max(1, ops.total()),
+            "invalid_rate": ops["invalid"] / max(1, sum(len(one.decisions) for one in built)),
             "agreement": sum(one.agreed for one in built) / judged if judged else None}
 
 
@@ -356,23 +360,23 @@ def same_edit(edits: Sequence[Edit], bank: MemoryBank, operation: Operation) -> 
 
 def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "model", adapter: str | None = None,
                 top_k: int = 4, extract: bool = True, max_prompt_tokens: int | None = None, max_new_tokens: int = 128,
-                keep_history: bool = False, progress: str = "", known: Facts | None = None) -> list[Built]:
+                keep_history: bool = False, progress: str = "", cache: Facts | None = None) -> list[Built]:
     """
     Reads every dialogue from its first turn and keeps a bank for each, in lockstep: turn i of all dialogues is one
-    batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "known" operations, "add-all" or "noop".
-    `known`: facts extracted before; new ones are put there too.
+    batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "oracle" (the known operations), "add-all" or
+    "noop". `cache`: facts extracted before; new ones are put there too.
     """
-    assert how in ("model", "known", "add-all", "noop"), how
+    assert how in ("model", "oracle", "add-all", "noop"), how
     built = [Built(MemoryBank(embedder)) for _ in dialogues]
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
     if how == "model" or (how == "add-all" and not all(turn.fact for dialogue in dialogues for turn in dialogue.turns)):
-        read_facts(policy, dialogues, extract, known, max_new_tokens)
-    facts = [[known.get((dialogue.id, turn.id), ()) for turn in dialogue.turns] for dialogue in dialogues]
+        read_facts(policy, dialogues, extract, cache, max_new_tokens)
+    facts = [[cache.get((dialogue.id, turn.id), ()) for turn in dialogue.turns] for dialogue in dialogues]
     longest = max((len(dialogue.turns) for dialogue in dialogues), default=0)
     for i in tqdm(range(longest), desc=progress, disable=None if progress else True, leave=False):
         live = [d for d, dialogue in enumerate(dialogues) if i < len(dialogue.turns)]
         edits = {d: [Edit("NOOP")] for d in live}
-        if how == "known":
+        if how == "oracle":
             edits = {d: known_edits(built[d].bank, dialogues[d].turns[i]) for d in live}
         elif how == "add-all":
             edits = {d: added_edits(dialogues[d].turns[i], facts[d][i]) for d in live}

@@ -222,7 +222,8 @@ def read_bank(path):
             raise ValueError(f"its format is {found!r}, this program reads {FILE_FORMAT!r}")
         next_id, memories = content["next_id"], [Memory(**entry) for entry in content["memories"]]
         ids = {memory.id for memory in memories}
-        if not all(type(id) is int and 0 <= id < next_id < 1 << 62 for id in ids) or len(ids) < len(memories):
+        are_sound = type(next_id) is int and all(type(id) is int and 0 <= id < next_id < 1 << 62 for id in ids)
+        if not are_sound or len(ids) < len(memories):
             raise ValueError("its ids are damaged")
         if not all(type(part) is str for memory in memories for part in list(asdict(memory).values())[1:]):
             raise ValueError("a text, speaker or time is not a string")

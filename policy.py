@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         self.adapters = {}  # name -> (A, B, alpha / r)
 
     def put(self, name, A, B, scale):
-        # float32 even on a bfloat16 base, whose 7 bits of fraction would swallow most steps of an optimizer
+        # kept in float32 even on a bfloat16 base, whose 7 bits of fraction would swallow most steps of an optimizer
         A, B = (nn.Parameter(x.float().to(self.base.weight.device)) for x in (A, B))
         self.adapters[name] = A, B, scale
 
@@ -66,8 +66,8 @@ class LoRALinear(nn.Module):
         if self.policy.active not in self.adapters:  # LoRA off, or an adapter that leaves this layer alone
             return y
         A, B, scale = self.adapters[self.policy.active]
-        low = x.to(A.dtype).flatten(0, -2) @ A.T  # (tokens, r); in float32, like PEFT's
-        return torch.addmm(y.to(A.dtype).flatten(0, -2), low, B.T, alpha=scale).to(y.dtype).view_as(y)
+        low = x.flatten(0, -2) @ A.to(x.dtype).T  # (tokens, r), in the base's dtype
+        return torch.addmm(y.flatten(0, -2), low, B.to(x.dtype).T, alpha=scale).view_as(y)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Policy:
     def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=None):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
-        self.max_batch_tokens = max_batch_tokens or (2**15 if self.device.type == "cpu" else 2**16)  # see `sample`
+        self.max_batch_tokens = max_batch_tokens  # of `sample`; None: what fits
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.eos = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
@@ -252,7 +252,10 @@ class Policy:
             contexts = nullcontext(), self.using(self.active)
             return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
-        for layer in self.model.base_model.layers:
+        layers = getattr(self.model.base_model, "layers", None)
+        if layers is None:
+            raise UsageError(f"model {self.name}: --gradient-checkpointing cannot find its layers; leave that out")
+        for layer in layers:
             layer.forward = partial(run, layer.forward)
 
     @contextmanager
@@ -333,18 +336,19 @@ class Policy:
     def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0):
         """
         A list of n Completions for each prompt, in order. Temperature 0 is greedy: a distinct prompt is then
-        decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`.
+        decoded once, its completion shared. Runs in batches of similar length within `max_batch_tokens`, in which a
+        row counts with its prompt (a shared one counts once) and with max_new_tokens.
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
         rows = [tuple(prompt) for prompt in prompts for _ in range(n)]
         keys = rows if temperature == 0 else range(len(rows))
-        rows, done = dict(zip(keys, rows, strict=True)), {}
+        rows, done, room = dict(zip(keys, rows, strict=True)), {}, self.max_batch_tokens or self.sampling_room()
         order = sorted(rows, key=lambda key: (len(rows[key]), rows[key]), reverse=True)  # equals side by side
         while order:
             texts = [rows[key] for key in order]
             costs = [max_new_tokens + len(texts[0]) * (not self.packs or text != before)  # a shared prompt counts once
                      for text, before in zip(texts, [None, *texts], strict=False)]
-            size = max(1, sum(total <= self.max_batch_tokens for total in accumulate(costs)))
+            size = max(1, sum(total <= room for total in accumulate(costs)))
             batch, order = order[:size], order[size:]
             generated = self._generate([rows[key] for key in batch], max_new_tokens, temperature)
             done.update(zip(batch, generated, strict=True))
@@ -421,14 +425,29 @@ class Policy:
         """Tokens of one forward and backward pass: those a GPU's free memory should hold, by a cautious guess."""
         if self.device.type != "cuda":
             return 2**12
-        memory = (torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-                  - torch.cuda.memory_allocated(self.device))
-        # Of a token, backward needs the input of each linear layer, for A in float32, and about three times its output.
-        size = sum(4 * x.base.in_features + 6 * x.base.out_features for x in self.layers.values())
+        # Of a token, backward needs the input of each linear layer and about three times its output.
+        size = sum(layer.base.in_features + 3 * layer.base.out_features for layer in self.layers.values())
+        size *= self.head.weight.itemsize
         if self.checkpoints:  # of one layer at a time, with its gradient, and the input of every layer
             depth = self.model.config.num_hidden_layers
             size = 2 * size / depth + self.head.weight.itemsize * self.head.in_features * depth
-        return int(0.7 * memory / size)
+        return int(0.7 * self.free_memory() / size)
+
+    def sampling_room(self) -> int:
+        """Tokens of one batch of `sample`, likewise: keys and values, and the widest layer's activations."""
+        if self.device.type != "cuda":
+            return 2**15
+        config = self.model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        widest = max(layer.base.out_features for layer in self.layers.values())
+        size = self.head.weight.itemsize * (2 * config.num_hidden_layers * heads * width + 3 * widest)
+        return min(2**16, int(0.7 * self.free_memory() / size))
+
+    def free_memory(self) -> int:
+        """Bytes that a GPU has left for us, what torch holds but does not use among them."""
+        return (torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+                - torch.cuda.memory_allocated(self.device))
 
     def micro_batches(self, prompts, completions, max_tokens: int = 0) -> list[list[int]]:
         """Indices of groups for calls of `score` within max_tokens, padding counted, or of one group. 0: what fits."""

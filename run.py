@@ -25,7 +25,7 @@ import re
 import shutil
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -236,9 +236,12 @@ def sync(folder):
 
 
 def append(path, rows):
+    """Adds lines to a .jsonl file, in one write: those of several processes stay whole. Ends a torn line first."""
     lines = "".join(json.dumps(tidy(row), ensure_ascii=False, default=str) + "\n" for row in rows)
-    with writing(path.parent), open(path, "ab") as file:
-        file.write(lines.encode("utf-8", "replace"))
+    with writing(path.parent), open(path, "ab+") as file:
+        file.seek(-min(1, file.tell()), os.SEEK_END)
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + lines.encode("utf-8", "replace"))
 
 
 def tidy(value):
@@ -292,6 +295,17 @@ def read_config(folder: str | Path) -> dict:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
 
 
+def check_distill(folder: str | Path, distill: bool = True) -> None:
+    """Refuses an Answer Agent that was trained with the other prompt. An adapter without its run passes."""
+    for place in (Path(folder), Path(folder).parent):
+        found = {}
+        with suppress(UsageError):
+            found = read_config(place)
+        if found.get("distill", distill) != distill:
+            raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation, and is asked "
+                             f"{'with' if distill else 'without'} it here")
+
+
 @functools.cache
 def note(text):
     """Says something once, above the progress bar rather than through it."""
@@ -323,7 +337,7 @@ class Run:
         self.is_interrupted, self.skips = False, []  # Ctrl-C was pressed; the tensors for which updates were skipped
         libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
         settings = {**self.config, "versions": {"python": platform.python_version(), **libraries}}
-        settings = json.loads(json.dumps(settings | ({"processes": world()} if world() > 1 else {}), default=str))
+        settings = json.loads(json.dumps(settings | {"processes": world()}, default=str))
         if not is_main():  # which alone writes
             return
         with writing(self.folder):

@@ -57,7 +57,7 @@ class Episode:
 
 def selection(episodes, answers) -> dict[str, float]:
     """What was shown and selected on average, and the share of the selected memories that are evidence."""
-    chosen = [{i for i in given.selected if i <= len(episode.asked.shown)}
+    chosen = [{i for i in given.selected if 1 <= i <= len(episode.asked.shown)}
               for episode, given in zip(episodes, answers, strict=True)]
     num_selected = sum(map(len, chosen))
     hits = sum(len(one & episode.evidence) for one, episode in zip(chosen, episodes, strict=True))
@@ -124,7 +124,8 @@ class AnswerTask:
                                      for episode, one in asked])
         rewards = torch.tensor(scores).reshape(len(groups), -1)
         invalid = sum(not one.is_valid for _, one in asked) / len(asked)
-        extra = {"invalid_rate": invalid, **selection([episode for episode, _ in asked], [one for _, one in asked])}
+        extra = {"invalid_rate": invalid, "dropped": sum(episode.asked.dropped for episode in episodes) / len(episodes),
+                 **selection([episode for episode, _ in asked], [one for _, one in asked])}
         samples = [{"prompt": answer.case_text(answer.by_speaker(episode.asked.shown, episode.place.speakers),
                                                episode.place.question.text, self.args.distill),
                     "completion": group[0].text, "reward": rewards[i, 0].item(),

@@ -9,8 +9,8 @@ turn is linked to answered rightly once the bank has been edited?
     python train_manager.py --algo sft                        # the baseline Memory-SFT: clones the known operations
 
 An episode is one turn: the bank as it was before the turn, the facts of the turn, the questions linked to it. Each of
-G sampled outputs is carried out on a fork of the bank, a frozen answerer reads the fork, and the mean score of its
-answers is the reward. All members of a group are asked the same questions.
+G sampled outputs is carried out on a fork of the bank, a frozen answerer reads the fork, and the score of its answers
+is the reward: their mean, or the lowest (`--linked`). All members of a group are asked the same questions.
 """
 import argparse
 import random
@@ -33,7 +33,7 @@ from judge import Endpoint, Hosted, Kept, make_scorer
 from memory import MemoryBank, make_embedder
 from plots import plot_run
 from policy import Policy
-from run import check_out, seed_everything, train
+from run import check_distill, check_out, seed_everything, train
 
 REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # of a hosted teacher
 
@@ -46,6 +46,7 @@ class Episode:
     turn: Turn
     questions: tuple[Question, ...]
     speakers: tuple[str, str]
+    dropped: int = 0  # memories left out of the prompt for want of room
 
 
 def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
@@ -68,13 +69,15 @@ class ManagerTask:
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.answer_adapter = "answer" if args.answer_adapter else None
-        self.score = make_scorer(args.reward, args.judge, policy, device=args.device, dtype=args.dtype)
-        self.teacher = None
+        self.score = self.teacher = None
+        if args.algo != "sft":
+            self.score = make_scorer(args.reward, args.judge, policy, device=args.device, dtype=args.dtype)
         if args.algo == "sft" and args.teacher == "endpoint":
             self.teacher = Hosted(Kept(Endpoint.from_environment("MANAGER"), REPLIES))
         self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = self.load_held_out("seen")
         self.facts: manager.Facts = {}
+        self.histories: dict = {}  # banks after every turn, kept where no training will change them
         self.pool: list[Episode] = []
         self.state: dict = {}  # what the pool's banks hold: a Manager that has learned since would build others
         if args.algo != "sft" and self.fixed is not None and not any(map(linked_questions, self.fixed)):
@@ -129,11 +132,13 @@ class ManagerTask:
             longest = needed.get((dialogue.id, begin))
             if longest is None or len(longest.turns) < i - begin:
                 needed[dialogue.id, begin] = Dialogue(dialogue.id, dialogue.speakers, dialogue.turns[begin:i], ())
+        histories = self.histories if self.fixed is not None and self.args.bank == "base" else {}
+        needed = {key: one for key, one in needed.items() if len(histories.get(key, ())) <= len(one.turns)}
         own = share(list(needed))
         adapter = {"self": "manager", "base": None, "oracle": None}[self.args.bank]
         built = self.build([needed[key] for key in own], adapter,
-                           "known" if self.args.bank == "oracle" else "model", keep_history=True)
-        histories = dict(gather([(key, [*one.history, tuple(one.bank)]) for key, one in zip(own, built, strict=True)]))
+                           "oracle" if self.args.bank == "oracle" else "model", keep_history=True)
+        histories.update(gather([(key, [*one.history, tuple(one.bank)]) for key, one in zip(own, built, strict=True)]))
         found = []
         for dialogue, i in places:
             begin = max(0, i - self.args.window)
@@ -143,7 +148,7 @@ class ManagerTask:
     def build(self, dialogues: Sequence[Dialogue], adapter: str | None, how: str = "model", **options):
         args = self.args
         return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
-                                   args.max_prompt_tokens, args.max_new_tokens, known=self.facts, **options)
+                                   args.max_prompt_tokens, args.max_new_tokens, cache=self.facts, **options)
 
     def episode(self, dialogue: Dialogue, i: int, memories, questions: tuple[Question, ...]) -> Episode:
         turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
@@ -151,8 +156,8 @@ class ManagerTask:
             bank.add(*memory)
         facts = self.facts[dialogue.id, turn.id] or (turn.text,)  # a linked turn matters, whatever the extractor thinks
         case = manager.case_of(bank, turn, facts, self.args.top_k)
-        ids, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        return Episode(ids, case, bank, turn, questions, dialogue.speakers)
+        ids, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+        return Episode(ids, case, bank, turn, questions, dialogue.speakers, dropped)
 
     # -------------------------------------------------------------------------------------------- demonstrations
 
@@ -184,7 +189,7 @@ class ManagerTask:
         dialogues = self.fixed or data.load("synthetic", "train", seed=args.seed,
                                             count=-(-args.steps * args.batch_size // 20))  # of twenty turns each
         manager.read_facts(self.policy, dialogues, args.extract, self.facts, args.max_new_tokens)
-        built = manager.build_banks(self.teacher, dialogues, self.embedder, "model", None, args.top_k, known=self.facts,
+        built = manager.build_banks(self.teacher, dialogues, self.embedder, "model", None, args.top_k, cache=self.facts,
                                     max_new_tokens=args.max_new_tokens, progress=f"teacher: {self.teacher.name}")
         return [decision for one in built for decision in one.decisions]
 
@@ -210,6 +215,7 @@ class ManagerTask:
         num_outputs = rewards.numel()
         ops = Counter(edit.event for _, _, edits in candidates for edit in edits)
         extra = {"invalid_rate": 1 - len(candidates) / num_outputs,
+                 "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
                  "ops": {event: ops[event] for event in manager.EVENTS}, "bank_size": sum(sizes) / max(1, len(sizes))}
         samples = [{"prompt": manager.case_text(episode.case.speaker, episode.case.time, episode.case.shown(),
                                                 episode.case.facts), "completion": group[0].text,
@@ -250,9 +256,8 @@ class ManagerTask:
             unseen = self.held_out_result(when, step, "model", adapter, self.load_held_out("unseen"))
             results[0]["em_unseen"] = unseen["em"]
         if when == "untrained":
-            results += [self.held_out_result(name, step, how) for name, how in
-                        (("add-all", "add-all"), ("noop", "noop"), ("oracle", "known"))
-                        if how != "known" or self.args.data == "synthetic"]
+            baselines = ["add-all", "noop", *(["oracle"] if self.args.data == "synthetic" else [])]
+            results += [self.held_out_result(name, step, how=name) for name in baselines]
         return results
 
     def held_out_result(self, name: str, step: int, how: str, adapter: str | None = None, dialogues=None) -> dict:
@@ -299,6 +304,7 @@ def main(argv=None) -> None:
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
+        check_distill(args.answer_adapter)
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
     train({"grpo": grpo, "ppo": ppo, "sft": sft}[args.algo], policy, ManagerTask(policy, args), args)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-TINY = Path(__file__).parent / "tiny"  # the default model; `python -m data.pretrain` makes it anew
+TINY = Path(__file__).parent / "tiny"  # the default model; how `python -m data.pretrain` made it: its README.md
 
 
 class UsageError(Exception):
@@ -36,7 +36,7 @@ class Turn:
     speaker: str
     text: str  # an image is rendered into it by its caption
     time: str  # as the benchmark writes it: "1:56 pm on 8 May, 2023"
-    fact: str = ""  # synthetic only: what the turn says, as one memory; "" if there is nothing to keep
+    fact: str = ""  # synthetic only: what one who keeps everything would store, small talk too
     operation: Operation | None = None  # synthetic only: for baselines, agreement, and `--bank oracle`
 
 

@@ -188,7 +188,7 @@ def some_matter(rng: random.Random, bank: list[Entry], speaker: str):
     u = rng.random()
     if events and u < 0.42:
         entry = rng.choice(events)
-        if rng.random() < 0.15:  # of the other person, or of nobody
+        if rng.random() < 0.15:  # now and then the other person's
             value = rng.choice([e.values[0] for e in bank if e.attribute == entry.attribute])
             return [entry.attribute], value
         return [entry.attribute], entry.values[0]

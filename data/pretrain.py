@@ -20,7 +20,9 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -357,8 +359,7 @@ def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, 
     Share of cases whose greedy completion is right to the last token, verdicts included. A greedy completion equals a
     given one exactly if every token of it is the likeliest after those before it, so one forward pass decides.
     """
-    rng, cases = random.Random(seed), []
-    cases = list(gate_cases(rng, drawer(split), count))
+    cases = list(gate_cases(random.Random(seed), drawer(split), count))
     rows, owners = [], []
     for i, (_, prompt, given, accepted) in enumerate(cases):
         for rest in accepted:
@@ -385,8 +386,8 @@ def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, 
 
 CARD = """# The tiny default model
 
-{size:,} parameters (Llama, hidden 128, 6 layers, 4 heads, vocabulary {vocabulary}), trained from nothing on
-{tokens:.0f}M tokens of made-up talk by `python -m data.pretrain --tokens {tokens:.0f}e6 --seed {seed}`. It plays the
+{size:,} parameters (Llama, hidden 128, 6 layers, 4 heads, vocabulary {vocabulary}), trained on
+{tokens:.0f}M tokens of made-up talk by `python -m data.pretrain {flags}`. It plays the
 part of an instruct model where none can be downloaded. It speaks the project's formats and nothing else.
 
 **What it can do.** It copies names and values it has never seen, carries out an operation it is told to do, and answers
@@ -415,7 +416,7 @@ def model_card(model, results: dict[str, dict[str, float]], args) -> str:
     names = sorted({name for result in results.values() for name in result})
     rows = [f"| {name} | " + " | ".join(f"{result[name]:.3f}" for result in results.values()) + " |" for name in names]
     return CARD.format(size=sum(p.numel() for p in model.parameters()), vocabulary=model.config.vocab_size,
-                       tokens=args.tokens / 1e6, seed=args.seed, splits=" | ".join(results),
+                       tokens=args.tokens / 1e6, flags=shlex.join(sys.argv[1:]), splits=" | ".join(results),
                        rules="---|" * len(results), rows="\n".join(rows))
 
 
@@ -433,7 +434,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from data import Dialogue, Operation, Question, Turn, UsageError
 WORLD = json.loads((Path(__file__).parent / "world.json").read_text())
 ATTRIBUTES, EVENTS, FRAMES, CHAT = (WORLD[key] for key in ("attributes", "events", "frames", "chat"))
 SPLITS = ("pretrain", "train", "val", "test")
-# How often a turn is of each kind, and the edit that is right for it.
+# How often a turn is of each kind.
 KINDS = {"new": 3.0, "more": 3.0, "change": 2.0, "drop": 1.3, "repeat": 1.6, "wish": 2.0, "talk": 1.0,
          "chat": 0.8, "event": 1.5, "echo": 0.8}
 PAIR_FRAMES = ["Tell me {a} and {b}.", "I want to know {a} and {b}.", "Can you say {a} and also {b}?",
@@ -260,7 +260,7 @@ class World:
         return Question(f"Q{number}", text, answer, category, evidence, asked)
 
     def asked_after(self, turn: Turn, name: str, value: str | None, start: int) -> list[Question]:
-        """The questions that judge one turn's edit: about its own matter, and that beside another matter."""
+        """The questions that judge one turn's edit: about its matter, and another (with its own, if no event)."""
         questions = [self.question(turn.speaker, [name], value, turn.id, start)]
         others = [entry.attribute for entry in self.known(turn.speaker) if entry.attribute != name]
         if others:

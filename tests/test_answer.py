@@ -125,6 +125,8 @@ def test_identical_prompts_are_answered_once(tiny):
     ("1 none\n2 Kia\nanswer: Kia", Answer("Kia", (2,), True)),
     ("1 Rex\n2 None.\n3: Kia\n4) none\n5. a, b\nanswer: x", Answer("x", (1, 3, 5), True)),
     ("relevant: none\nanswer: x", Answer("x", (), True)),
+    ("relevant: 2 (8 May 2023), 5 (1 June)\nanswer: x", Answer("x", (2, 5), True)),  # dates are no numbers
+    ("relevant: (2), (5)\nanswer: x", Answer("x", (2, 5), True)),
     ("Relevant memories: 12, 3, 12\nAnswer: x", Answer("x", (12, 3), True)),
     ("**Relevant memories:** 1 and 4\n\n**Answer:** beach", Answer("beach", (1, 4), True)),
     ("  ANSWER :  7 May,  2023 \n", Answer("7 May, 2023", (), True)),
@@ -171,11 +173,12 @@ def test_any_text_gives_an_answer(completions):
 
 
 @pytest.mark.parametrize("unit", ["answer", "answer:", " ", "\t", "\n", "1 ", "1 none\n", "relevant: 1,", "*", "final ",
-                                  "1", "\r", "answer: x\n", "\nanswer \t", " 1\n", "relevant:\n"])
+                                  "1", "\r", "answer: x\n", "\nanswer \t", " 1\n", "relevant:\n", "(a", "("])
 def test_a_megabyte_is_read_at_once(unit):
     begin = time.process_time()
     parse(unit * (10**6 // len(unit)))
     parse(unit * (10**4 // len(unit)) + "\nanswer: x")
+    parse("relevant: (" + unit * (10**4 // len(unit)) + ")\nanswer: x")
     assert time.process_time() - begin < 0.3
 
 

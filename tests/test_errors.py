@@ -13,6 +13,7 @@ from mutations import edited
 from safetensors.torch import load_file
 from test_locomo import ENTRY
 
+import answer
 import data.locomo
 import evaluate
 import plots
@@ -24,7 +25,8 @@ from policy import Policy
 from run import read_rows
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate, "plots": plots}
+SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate, "plots": plots,
+           "answer": answer}
 QUICK = "--steps 1 --eval 0 --batch-size 2 --group-size 2 --max-new-tokens 8"
 
 # A command, in a folder with the files of `around`, and what its line says.
@@ -63,6 +65,7 @@ train_manager --embedder pickled => embedder 'pickled' cannot be loaded as an en
 train_manager --answer-adapter nowhere => adapter nowhere: cannot be read
 train_manager --answer-adapter of-another => it names Qwen/Qwen2.5-3B-Instruct
 train_manager --answer-adapter of-rank-8 => with rank 8 must be
+train_manager --answer-adapter unselective => unselective was trained without distillation, and is asked with it here
 train_manager --reward judge => set JUDGE_URL (or OPENAI_BASE_URL) and JUDGE_MODEL
 train_manager --data nowhere => --data nowhere: neither a benchmark (synthetic, locomo
 train_manager --data empty => --data empty: neither a benchmark
@@ -97,11 +100,14 @@ evaluate --memories 4,x => argument --memories: invalid numbers value: '4,x'
 evaluate --system magic => argument --system: invalid choice: 'magic'
 evaluate --system oracle --data locomo.json => --system oracle needs known operations
 evaluate --manager nowhere => adapter nowhere: cannot be read
+evaluate --answer unselective/adapter => unselective/adapter was trained without distillation
 evaluate --manager endpoint => set MANAGER_URL (or OPENAI_BASE_URL) and MANAGER_MODEL
 evaluate --answer endpoint => --answer endpoint: only a Manager can be hosted
 evaluate --answer rag => --answer rag is a baseline: give --system rag
 evaluate --manager base oracle => --manager oracle is a baseline: give --system oracle
 evaluate --compare a.json b.json --seed -1 => --seed -1: must be from 0 to
+answer nowhere.json why? => nowhere.json: cannot be read as a memory bank
+answer new.json --answer unselective => unselective was trained without distillation
 plots nowhere --out c.foo => --out c.foo: give a name that ends in .png, .pdf or .svg
 plots nowhere => nowhere is not a run's folder
 evaluate --reranker ./nowhere => --reranker ./nowhere: cannot be loaded
@@ -166,6 +172,8 @@ def around(tmp_path_factory, tiny_folder):
         Path(f"{name}.json").write_text(json.dumps(content))
     Path("torn.json").write_text(json.dumps([ENTRY])[:-9])
     train_manager.main([*QUICK.split(), "--out", "done"])
+    shutil.copytree("done", "unselective")
+    Path("unselective/config.json").write_text('{"agent": "answer", "algo": "grpo", "distill": false}')
     Path("finished").mkdir()  # a folder in which only what was trained has been kept
     shutil.copytree("done/adapter", "finished/adapter")
     for name in ("further", "damaged"):

@@ -439,6 +439,12 @@ def test_a_judge_that_falls_silent_costs_no_answer(monkeypatch):
     assert [line["judge"] for line in lines] == [float(line["prediction"] == line["gold"]) for line in lines]
 
 
+def test_an_agent_is_called_by_its_run_however_its_path_is_written():
+    for path in ("runs/m", "./runs/m", "runs/m/", "runs/m/adapter", str(Path("runs/m").absolute())):
+        assert evaluate.label(path) == "m"
+    assert [evaluate.label(one) for one in ("base", "rag", "other/m")] == ["base", "rag", "other/m"]
+
+
 def test_a_real_judge_without_an_address_is_told_before_the_work(monkeypatch):
     monkeypatch.delenv("JUDGE_URL", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)

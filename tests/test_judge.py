@@ -218,6 +218,19 @@ def test_a_refusal_is_final(serve, cache, status):
     assert ("or model" in str(caught.value)) == (status not in (401, 403)) and not cache.exists()
 
 
+def test_a_model_that_takes_no_temperature_is_asked_without(serve, cache):
+    refusal = b'{"error": {"message": "Unsupported parameter: \'max_tokens\' is not supported with this model."}}'
+    server = serve((400, {}, refusal))
+    assert Judge(server.endpoint(), cache)([RIGHT]) == [1]
+    first, second = server.requests
+    assert first["max_tokens"] == 512 and not {"temperature", "max_tokens"} & set(second)
+    assert second["messages"] == first["messages"]
+    server = serve(rule=(400, {}, refusal))
+    with pytest.raises(UsageError, match="HTTP 400"):
+        Judge(server.endpoint(), cache)([FALSE])
+    assert len(server.requests) == 2
+
+
 def test_a_redirect_gets_no_key(serve, cache):
     other = serve()
     server = serve(rule=(302, {"Location": f"{other.url}/x"}, b""))

@@ -3,6 +3,7 @@ import inspect
 import json
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,13 @@ def test_only_the_completion_is_parsed(fake):
     assert len(built.bank) == 0 and built.ops == {"invalid": 1}
 
 
+def test_the_share_of_invalid_outputs_counts_outputs():
+    """One of three operations, one that is invalid, and a turn without facts, which nobody was asked about."""
+    three = [Edit("ADD", None, text) for text in "abc"]
+    built = manager.Built(BANK, decisions=[(CASE, three), (CASE, None)], ops=Counter(ADD=3, invalid=1, NOOP=1))
+    assert manager.bank_report([built])["invalid_rate"] == 1 / 2
+
+
 HUGE = [
     "[" * 10**6, "{" * 10**6, '{"a":' * 200_000, "[[]," * 250_000, '[{"event": "ADD", "text": "' + "x" * 10**6,
     json.dumps([{"event": "ADD", "text": "x" * 10**6}]), " " * 10**6, "\\" * 10**6, '"' * 10**6,
@@ -373,7 +381,8 @@ def test_facts(fake):
 @pytest.mark.parametrize("completion, facts", [
     ('["a", "b"]', ["a", "b"]), ('so {"facts": ["a"]}', ["a"]), ("[]", []), ("no", []), ("[1, null, {}]", []),
     ("{}", []), ('{"facts": "a"}', []), ('["", " "]', []), (json.dumps(["y" * 600]), ["y" * 500]),
-    (json.dumps(["a"] * 40), ["a"] * 32)])
+    (json.dumps(["a"] * 40), ["a"] * 32), ('as in [1]: ["a"]', ["a"]), ('{"speaker": "Jon"} ["a"]', ["a"]),
+    ('[] or ["a"]', [])])
 def test_parse_facts(completion, facts):
     assert manager.parse_facts(completion) == facts
 
@@ -413,7 +422,7 @@ def replayed(dialogue, edit_of):
 
 
 @pytest.mark.parametrize("how, edit_of", [
-    ("known", lambda turn: (turn.operation.event, turn.operation.old_memory, turn.operation.text)),
+    ("oracle", lambda turn: (turn.operation.event, turn.operation.old_memory, turn.operation.text)),
     ("add-all", lambda turn: ("ADD", "", turn.fact)), ("noop", lambda turn: ("NOOP", "", ""))])
 def test_banks_without_a_model(how, edit_of):
     dialogues = [*synthetic.load("val", count=12, num_turns=30), *ragged()]
@@ -467,12 +476,12 @@ def test_lockstep_equals_one_by_one(fake, extract, is_tight):
 def test_known_operations_on_a_bank_that_lacks_the_entry_or_has_it_twice():
     [dialogue] = synthetic.load("train", count=1, seed=5, num_turns=40)
     late = [turn for turn in dialogue.turns if turn.operation.event in ("UPDATE", "DELETE")][:1]
-    [built] = build_banks(None, [replace(dialogue, turns=tuple(late))], HASH, how="known")
+    [built] = build_banks(None, [replace(dialogue, turns=tuple(late))], HASH, how="oracle")
     assert len(built.bank) == 0 and built.ops == {"NOOP": 1} and (built.agreed, built.judged) == (0, 1)
     said = [("Jon", Operation("ADD", "", "It rains.")), ("Gina", Operation("ADD", "", "It rains.")),
             ("Gina", Operation("DELETE", "It rains."))]
     turns = [Turn(f"D1:{i}", 1, speaker, "", "", "", operation) for i, (speaker, operation) in enumerate(said)]
-    [built] = build_banks(None, [replace(dialogue, turns=tuple(turns))], HASH, how="known")
+    [built] = build_banks(None, [replace(dialogue, turns=tuple(turns))], HASH, how="oracle")
     assert [memory.speaker for memory in built.bank] == ["Jon"], "each speaker's own, be the texts the same"
     plain = replace(dialogue, turns=tuple(replace(turn, operation=None, fact="") for turn in dialogue.turns))
     [built] = build_banks(None, [plain], HASH, how="add-all", extract=False)
@@ -480,10 +489,10 @@ def test_known_operations_on_a_bank_that_lacks_the_entry_or_has_it_twice():
 
 
 def test_facts_known_from_before_are_not_extracted_again(fake):
-    policy, known, dialogues = fake(by_checksum), {}, ragged()
-    first = build_banks(policy, dialogues[:2], HASH, adapter="manager", known=known)
-    second = build_banks(policy, dialogues, HASH, adapter="manager", known=known)
-    assert [n for role, n, _ in policy.calls if role is None] == [45, 20] and len(known) == 65
+    policy, cache, dialogues = fake(by_checksum), {}, ragged()
+    first = build_banks(policy, dialogues[:2], HASH, adapter="manager", cache=cache)
+    second = build_banks(policy, dialogues, HASH, adapter="manager", cache=cache)
+    assert [n for role, n, _ in policy.calls if role is None] == [45, 20] and len(cache) == 65
     assert [list(one.bank) for one in second[:2]] == [list(one.bank) for one in first]
 
 

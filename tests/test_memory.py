@@ -444,6 +444,7 @@ ENTRY = {"id": 0, "text": "t", "speaker": "s", "time": "m"}
     lambda content: "", lambda content: json.dumps(content)[:-20], lambda content: "[" * 100_000,
     lambda content: "[]", lambda content: "null", lambda content: "{}", lambda content: b"\xff\xfe\x00\x80PK",
     spoiled(format="memory-r1 bank, version 2"), spoiled(next_id="9"), spoiled(next_id=0),
+    spoiled(next_id=None, memories=[]),
     spoiled(memories=None),
     spoiled(memories=[1]), spoiled(memories=[{"id": 0}]), spoiled(memories=[ENTRY, ENTRY]),
     spoiled(memories=[{**ENTRY, "id": -1}]), spoiled(memories=[{**ENTRY, "id": True}]),

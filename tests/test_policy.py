@@ -320,6 +320,17 @@ def test_room_is_for_what_the_backward_pass_keeps(load, monkeypatch, checkpointi
     assert (0 if checkpointing else 0.4) * 10**9 < held < 0.9 * 10**9  # checkpointing needs the rest to compute again
 
 
+def test_sampling_room_is_for_keys_values_and_the_widest_layer(load, monkeypatch):
+    """Keys and values of 2 layers, 2 heads, width 8, and three times 48 activations, 2 bytes each: 416 a token."""
+    policy = load("llama", dtype="bfloat16")
+    assert policy.sampling_room() == 2**15
+    monkeypatch.setattr(policy, "device", torch.device("cuda"))
+    monkeypatch.setattr(policy, "free_memory", lambda: 416 * 1000)
+    assert policy.sampling_room() == 700
+    monkeypatch.setattr(policy, "free_memory", lambda: 10**12)
+    assert policy.sampling_room() == 2**16
+
+
 @pytest.mark.parametrize("kind, budget, number", [
     ("qwen2", 30, 6), ("qwen2", 10**6, 1), ("qwen2", 1, 9), ("mistral-window", 70, 7)])
 def test_micro_batches_hold_every_group_once_within_the_budget(load, kind, budget, number):

@@ -16,7 +16,7 @@ import torch
 import run as runs
 from data import UsageError
 from plots import plot_run, plot_runs, read_run, table_of_runs
-from run import Run, optimizer_tensors, read_rows, restore_optimizer
+from run import Run, append, optimizer_tensors, read_rows, restore_optimizer
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
 
@@ -110,6 +110,25 @@ def test_resuming_gives_the_files_of_a_run_that_was_not_killed(tmp_path):
     train(run, 4, 10)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "x.jsonl"
+    append(path, [{"a": 1}])
+    with open(path, "ab") as file:
+        file.write(b'{"a": 2')
+    append(path, [{"a": 3}, {"a": 4}])
+    append(path, [{"a": 5}])
+    assert [row["a"] for row in read_rows(path)] == [1, 3, 4, 5] and len(path.read_text().splitlines()) == 5
+
+
+def test_another_number_of_processes_is_told(tmp_path, capsys):
+    run = Run(tmp_path, CONFIG)
+    save(run, 1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"processes": 2}))
+    Run(tmp_path, CONFIG, resume=True)
+    assert "processes 2 -> 1" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_resuming_starts_anew(tmp_path):

@@ -18,7 +18,7 @@ from policy import Completion, Policy
 
 ROOT = Path(__file__).parent.parent
 TRAINING_KEYS = {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
-                 "completion_tokens", "invalid_rate", "seconds", "shown", "selected", "evidence"}
+                 "completion_tokens", "invalid_rate", "dropped", "seconds", "shown", "selected", "evidence"}
 EVAL_KEYS = {"step", "eval", "n", "em", "f1", "bank_size", "ops", "agreement", "shown", "selected", "evidence"}
 QUICK = ["--steps", "2", "--eval", "1", "--batch-size", "4", "--group-size", "3", "--memories", "4",
          "--max-new-tokens", "24"]
@@ -107,7 +107,7 @@ def test_evidence_is_what_was_written_from_the_questions_turns():
 
 def test_selection_counts_numbers_that_were_shown():
     episode = hand_made()
-    answers = [answer.parse("relevant: 1, 2, 9\nanswer: Rex"),
+    answers = [answer.parse("relevant: 0, 1, 2, 9\nanswer: Rex"),
                answer.parse("1 Rex\n2 none\n3 Rex\n4 none\nanswer: Rex")]
     assert train_answer.selection([episode, episode], answers) == {"shown": 4, "selected": 2.0, "evidence": 3 / 4}
     assert train_answer.selection([episode], [answer.parse("nothing")])["evidence"] is None

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import data.locomo
+import manager
 import train_manager
 from data import Dialogue, Question, Turn
 from policy import Completion, Policy
@@ -19,7 +20,7 @@ LOCOMO = next((path for path in (ROOT.parent / "shared/data/locomo10.json",
                                  Path(os.environ.get("MEMORY_R1_DATA", "~/.cache/memory-r1")).expanduser()
                                  / "locomo10.json") if path.is_file()), None)
 TRAINING_KEYS = {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
-                 "completion_tokens", "invalid_rate", "seconds", "ops", "bank_size"}
+                 "completion_tokens", "invalid_rate", "dropped", "seconds", "ops", "bank_size"}
 EVAL_KEYS = {"step", "eval", "n", "em", "f1", "bank_size", "ops", "agreement"}
 QUICK = ["--steps", "2", "--eval", "2", "--batch-size", "4", "--group-size", "4", "--refresh", "2"]
 
@@ -195,6 +196,24 @@ def small_file(tmp_path):
                               "session_1_date_time": "1:56 pm on 8 May, 2023"}}
     (tmp_path / "mine.json").write_text(json.dumps([entry]))
     return tmp_path / "mine.json"
+
+
+@pytest.mark.parametrize("bank, read", [("base", [[2], []]), ("self", [[2], [2]])])
+def test_banks_that_no_training_changes_are_built_once(tmp_path, monkeypatch, bank, read):
+    entry, = json.loads(small_file(tmp_path).read_text())
+    entry["qa"][0]["evidence"] = ["D1:2", "D1:3"]
+    (tmp_path / "mine.json").write_text(json.dumps([entry]))
+    made, turns, build = task(data=tmp_path / "mine.json", bank=bank, batch_size=2, refresh=1), [], manager.build_banks
+
+    def counted(policy, dialogues, *args, **options):
+        turns.append([len(dialogue.turns) for dialogue in dialogues])
+        return build(policy, dialogues, *args, **options)
+
+    monkeypatch.setattr(manager, "build_banks", counted)
+    batches = [made.batch(step) for step in (1, 2)]
+    assert turns == read
+    first, second = ({one.turn.id: list(one.bank) for one in batch} for batch in batches)
+    assert first == second and set(first) == {"D1:2", "D1:3"}
 
 
 def test_a_speaker_who_never_speaks_is_no_trouble(tmp_path):
