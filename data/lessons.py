@@ -220,13 +220,24 @@ def answer_lesson(rng: random.Random, draw, smallest: int, size: int, both: floa
 
 
 def whose_lesson(rng: random.Random, draw, matters: int, mixed_up: float) -> list[tuple[str, str]]:
-    """Up to `matters` matters of two people, and a question about one's: only the name tells which line is meant."""
+    """
+    Up to `matters` matters of two people, or several events of one kind, and a question about one's: only the name, or
+    the name and what happened, tells which line is meant.
+    """
     world = World(rng, draw)
-    names = rng.sample(list(ATTRIBUTES), rng.randint(1, matters))
-    shown = {speaker: [random_entry(world, speaker, name) for name in rng.sample(names, len(names))]
-             for speaker in world.speakers}
-    asked = rng.sample(names, 2 if len(names) > 1 and rng.random() < 0.3 else 1)
-    return one_question(world, shown, rng.choice(world.speakers), asked, None, mixed_up)
+    if rng.random() < 0.5:
+        asked = [rng.choice(list(EVENTS))]
+        names = {speaker: asked * rng.randint(1, matters) for speaker in world.speakers}
+    else:
+        some = rng.sample(list(ATTRIBUTES), rng.randint(1, matters))
+        names = {speaker: rng.sample(some, len(some)) for speaker in world.speakers}
+        asked = rng.sample(some, 2 if len(some) > 1 and rng.random() < 0.3 else 1)
+    shown = {speaker: [random_entry(world, speaker, name) for name in own] for speaker, own in names.items()}
+    speaker, value = rng.choice(world.speakers), None
+    if asked[0] in EVENTS:  # now and then one of the other person
+        told = [entry for own in shown.values() for entry in own]
+        value = rng.choice(told if rng.random() < 0.2 else shown[speaker]).values[0]
+    return one_question(world, shown, speaker, asked, value, mixed_up)
 
 
 def one_question(world: World, shown, speaker: str, names, value, mixed_up: float, distill: bool = True):
@@ -258,7 +269,7 @@ def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
         return extraction_lesson(rng, draw)
     if u < 0.2:
         return manager_lesson(rng, draw, max(1, round(5 * ripe)), clean)
-    mixed_up = 0.6 if progress > 0.87 else 0.0
+    mixed_up = 0.75 if progress > 0.87 else 0.0
     if u < 0.35:
         return whose_lesson(rng, draw, 3, mixed_up)
     if progress > 0.3 and u < 0.65:  # as many as the Answer Agent is shown, of well-kept banks
