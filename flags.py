@@ -100,8 +100,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, agent: str) -> None:
     add("--alpha", type=float, default=32.0, help="of LoRA; updates are scaled by alpha / rank (32)")
     add("--max-prompt-tokens", type=int,
         help="longer prompts lose their least similar memories (1024; other models 4096)")
-    add("--max-new-tokens", type=int, help="of a trained agent's output (Manager 80, Answer Agent 200; other "
-        "models 512, 256)")
+    add("--max-new-tokens", type=int, help="of a trained agent's output, and of a list of facts (Manager 80, Answer "
+        "Agent 200; other models 512, 256)")
     add("--micro-batch-tokens", type=int, default=0,
         help="of one forward and backward pass (0: what a GPU's free memory should hold; on a CPU 4096)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time; for big models")

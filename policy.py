@@ -122,6 +122,7 @@ def pack(prompts, completions, device="cpu"):
     (R, L), lengths = ids.shape, (segments == 0).sum(1, keepdim=True)  # lengths of the prompts (R, 1)
     assert lengths.all(), "an empty prompt: nothing predicts the first token"
     is_sampled = segments > 0
+    # A token is predicted by the one before it; the first of a completion, at position `lengths`, by the prompt's last.
     before = torch.where(positions == lengths, lengths, torch.arange(L)) - 1
     where = (before + L * torch.arange(R)[:, None])[is_sampled]
     mask = pad_right([[True] * len(c) for group in completions for c in group], False, torch.bool)
@@ -355,7 +356,12 @@ class Policy:
         return [[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)]
 
     def _generate(self, rows, max_new_tokens, temperature):
-        """One batch. Padding follows what all prompts begin with, so that all rows write in one column."""
+        """
+        One batch. Padding follows what all prompts begin with, so that all rows write in one column. Of two prompts
+        whose first c tokens are alike (c = 2; `gap`: the padding of each row, from column c on):
+            ids  1 2 3 4 5 6    positions  0 1 2 3 4 5    gap  0
+                 1 2 0 0 7 8               0 1 - - 2 3         2
+        """
         distinct = list(dict.fromkeys(rows))  # the longest first
         number, P = {prompt: i for i, prompt in enumerate(distinct)}, len(distinct[0])
         c = min(len(commonprefix(distinct)), len(distinct[-1]) - 1) if self.packs and len(distinct) > 1 else 0

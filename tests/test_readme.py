@@ -107,7 +107,8 @@ def test_its_code_runs(a_place_with_runs, capsys):
                   if language == "python"]
     names = {}
     exec(ours, names)
-    assert capsys.readouterr().out.strip() and "Buddy" in " ".join(memory.text for memory in names["bank"])
+    told = " ".join(memory.text for memory in names["bank"])  # by agents that have learned for a step
+    assert capsys.readouterr().out.strip() and ("Buddy" in told or "Scout" in told)
     assert {memory.speaker for memory in names["bank"]} == {"Alex"} and Path("alex.json").exists()
     pytest.importorskip("peft")
     exec(peft, names)
