@@ -1,8 +1,8 @@
 """
 Does training leak? Runs it for two hours and prints each minute's peak of resident memory and its open files, then how
 much both grew after the first tenth: from the first fifth of the rest to its last the mean of the peaks has to stay
-within 5 %, and no file may stay open. The peak is the kernel's own (VmHWM, set back every minute): what is resident at one instant depends
-on where in a step the instant falls.
+within 5 %, and no file may stay open. The peak is the kernel's own (VmHWM, set back every minute): what is resident at
+one instant depends on where in a step the instant falls.
 
     OMP_NUM_THREADS=2 python tests/benchmarks/soak.py --hours 2 --algo grpo      # further flags: train_manager.py's
 """
