@@ -30,7 +30,7 @@ from answer import LONGEST_ANSWER, LONGEST_OUTPUT, METRICS
 from data import UsageError, longmemeval
 from manager import chat, one_line
 from policy import Completion, Policy
-from run import append, read_rows, writing
+from run import add_lines, append, read_rows, writing
 
 # ------------------------------------------------------------------------------------------------ a hosted model
 
@@ -125,11 +125,11 @@ class Endpoint:
                                            self.timeout)
                 if status < 300:
                     return content_of(text)
+                told = "" if status in (401, 403) else text.replace(secret or "\0", "***")  # those may quote the key
+                trouble = one_line(f"HTTP {status} {told}")[:200]
                 if status == 400 and limits and re.search("temperature|max_tokens", text):
                     limits = {}  # models that reason take neither
                     continue
-                told = "" if status in (401, 403) else text.replace(secret or "\0", "***")  # those may quote the key
-                trouble = one_line(f"HTTP {status} {told}")[:200]
                 if status < 500 and status not in (408, 429):
                     break
             except (OSError, HTTPException, ValueError) as error:
@@ -265,7 +265,7 @@ class Judge:
     def keep(self, key: str, label: str | None) -> None:
         if label:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            append(self.cache, [{"key": key, "label": label}])
+            add_lines(self.cache, [{"key": key, "label": label}])
             self.verdicts[key] = label
 
 

@@ -236,9 +236,14 @@ def sync(folder):
 
 
 def append(path, rows):
+    with writing(path.parent):
+        add_lines(path, rows)
+
+
+def add_lines(path, rows):
     """Adds lines to a .jsonl file, in one write: those of several processes stay whole. Ends a torn line first."""
     lines = "".join(json.dumps(tidy(row), ensure_ascii=False, default=str) + "\n" for row in rows)
-    with writing(path.parent), open(path, "ab+") as file:
+    with open(path, "ab+") as file:
         file.seek(-min(1, file.tell()), os.SEEK_END)
         torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + lines.encode("utf-8", "replace"))

@@ -127,6 +127,15 @@ def test_a_cache_that_cannot_be_written(serve, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write .*judge.jsonl"):
         Judge(serve().endpoint(), tmp_path / "file" / "judge.jsonl")([RIGHT])
+    (tmp_path / "judge.jsonl").mkdir()
+    with pytest.raises(UsageError, match="the judge cannot write .*judge.jsonl"):
+        Judge(serve().endpoint(), tmp_path / "judge.jsonl")([RIGHT])
+
+
+def test_a_last_try_without_a_temperature_says_what_was_refused(serve, cache):
+    server = serve(rule=(400, {}, b"no temperature, please"))
+    with pytest.raises(UsageError, match="HTTP 400 no temperature"):
+        Judge(server.endpoint(pauses=()), cache)([RIGHT])
 
 
 def test_parallel_requests_keep_their_order(serve, cache):
