@@ -4,8 +4,8 @@ Models behind an OpenAI-compatible server, and the judge: is an answer right in 
     judge = make_judge("endpoint")           # JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the environment
     judge([("Which car does Jon drive?", "a Kia", "Kia")])      # [1.0]
 
-A judge may be the reward in training and a column of an evaluation. It is asked at temperature 0 (if the
-model takes one), gives a reason and a label, and every verdict is cached on disk: no question is paid for twice.
+A judge may be the reward in training and a column of an evaluation. It is asked at temperature 0 (if the model takes
+one), gives a reason and a label, and every verdict is cached on disk: no question is paid for twice.
 """
 import base64
 import hashlib

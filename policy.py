@@ -152,9 +152,9 @@ def token_scores(hidden, head, targets, temperature, chunk=None):
     logps, entropies, size = [], [], max(1, chunk // head.out_features)
     for h, y in zip(hidden.split(size), targets[:, None].split(size), strict=True):
         with torch.no_grad():
-            logpi = (head(h).float() / temperature).log_softmax(-1)  # (t, V)
+            logpi = head(h).float().div_(temperature).log_softmax(-1)  # (t, V)
             logp, pi = logpi.gather(1, y).squeeze(1), logpi.exp()
-            entropies.append(-(pi * logpi).sum(-1))
+            entropies.append(-logpi.mul_(pi).sum(-1))
             if hidden.requires_grad:
                 slope = pi.neg_().scatter_add_(1, y, torch.ones_like(pi[:, :1]))  # [v = y] - pi(v)
                 slope = slope.to(h.dtype) @ head.weight / temperature  # (t, H)

@@ -29,7 +29,8 @@ PROSE = FENCED.sub("", README)
 CODE = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)] + [
     line for language, block in FENCED.findall(README) if language != "diff"
     for line in block.replace("\\\n", " ").splitlines()]
-SCRIPTS = ("train_manager", "train_answer", "evaluate", "manager", "answer", "plots", "tests.benchmarks.step")
+SCRIPTS = ("train_manager", "train_answer", "evaluate", "manager", "answer", "plots", "tests.benchmarks.step",
+           "tests.benchmarks.profile_step")
 OTHERS = {"git", "pip", "torchrun", "pytest"}  # their flags are not ours
 QUICK = "--steps 1 --batch-size 4 --group-size 4 --max-new-tokens 40 --eval".split()
 NUMBERED = re.compile(r"^(\d)\. .*?\(`([\w.]+)`\)", re.MULTILINE)

@@ -5,8 +5,10 @@ Where the time of a default training step goes. The agent (manager), the algorit
 
 Of seven steps the first warms up, five are run bare, for the seconds of each stage (one refresh of the Manager's
 episodes among them), and one under torch's profiler, for those of each kind of operation. What no operation accounts
-for is Python: transformers' forward, the loop of sampling, tokenizing, parsing, the bank.
+for is Python: transformers' forward, the loop of sampling, tokenizing, parsing, the bank. With `--plain` no completions
+share a prompt: each has a row, and a copy of the prompt's cache, of its own.
 """
+import argparse
 import sys
 import tempfile
 import time
@@ -18,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo  # noqa: E402
+import policy  # noqa: E402
 import ppo  # noqa: E402
 import train_answer  # noqa: E402
 import train_manager  # noqa: E402
 from memory import MemoryBank  # noqa: E402
-from policy import Policy  # noqa: E402
 
 TASKS = {"manager": train_manager.ManagerTask, "answer": train_answer.AnswerTask}
 KINDS = {"linear layers": ("aten::mm", "aten::addmm"),
@@ -68,15 +70,22 @@ def watch_steps(algorithm, profiler):
 
 def report(title, seconds):
     print(f"\n{title:34} {'s':>7}  share")
-    for name, value in seconds.most_common():
+    for name, value in [*seconds.most_common(), ("all", seconds.total())]:
         print(f"{name:34} {value:7.2f}  {value / seconds.total():5.1%}")
 
 
-def main():
-    agent, algo, *flags = sys.argv[1:] or ["manager", "grpo"]
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("agent", choices=TASKS)
+    parser.add_argument("algo", choices=("grpo", "ppo"))
+    parser.add_argument("--plain", action="store_true", help="every completion has a row and a prompt of its own")
+    args, flags = parser.parse_known_args(argv)
+    agent, algo = args.agent, args.algo
     script, algorithm = {"manager": train_manager, "answer": train_answer}[agent], {"grpo": grpo, "ppo": ppo}[algo]
+    if args.plain:
+        policy.PACKABLE = ()
     profiler = profile(activities=[ProfilerActivity.CPU])
-    for owner, method, stage in ((Policy, "sample", "sampling"), (algorithm, "update", "update"),
+    for owner, method, stage in ((policy.Policy, "sample", "sampling"), (algorithm, "update", "update"),
                                  (TASKS[agent], "batch", "episodes"), (TASKS[agent], "rewards", "rewards but sampling"),
                                  (algorithm, "train_step", "rest")):
         watch(owner, method, stage)
