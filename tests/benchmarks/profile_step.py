@@ -26,7 +26,8 @@ import train_answer  # noqa: E402
 import train_manager  # noqa: E402
 from memory import MemoryBank  # noqa: E402
 
-TASKS = {"manager": train_manager.ManagerTask, "answer": train_answer.AnswerTask}
+AGENTS = {"manager": (train_manager, train_manager.ManagerTask), "answer": (train_answer, train_answer.AnswerTask)}
+ALGORITHMS = {"grpo": grpo, "ppo": ppo}
 KINDS = {"linear layers": ("aten::mm", "aten::addmm"),
          "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
          "cache, gathers": ("aten::cat", "aten::index", "aten::gather")}
@@ -76,24 +77,23 @@ def report(title, seconds):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("agent", choices=TASKS)
-    parser.add_argument("algo", choices=("grpo", "ppo"))
+    parser.add_argument("agent", nargs="?", choices=AGENTS, default="manager")
+    parser.add_argument("algo", nargs="?", choices=ALGORITHMS, default="grpo")
     parser.add_argument("--plain", action="store_true", help="every completion has a row and a prompt of its own")
     args, flags = parser.parse_known_args(argv)
-    agent, algo = args.agent, args.algo
-    script, algorithm = {"manager": train_manager, "answer": train_answer}[agent], {"grpo": grpo, "ppo": ppo}[algo]
+    (script, task), algorithm = AGENTS[args.agent], ALGORITHMS[args.algo]
     if args.plain:
         policy.PACKABLE = ()
     profiler = profile(activities=[ProfilerActivity.CPU])
     for owner, method, stage in ((policy.Policy, "sample", "sampling"), (algorithm, "update", "update"),
-                                 (TASKS[agent], "batch", "episodes"), (TASKS[agent], "rewards", "rewards but sampling"),
+                                 (task, "batch", "episodes"), (task, "rewards", "rewards but sampling"),
                                  (algorithm, "train_step", "rest")):
         watch(owner, method, stage)
     for method in ("add", "update", "delete", "search_scored", "fork"):
         watch(MemoryBank, method, "bank")
     watch_steps(algorithm, profiler)
     with tempfile.TemporaryDirectory() as folder:
-        script.main(["--algo", algo, "--steps", "7", "--eval", "0", "--out", f"{folder}/run", *flags])
+        script.main(["--algo", args.algo, "--steps", "7", "--eval", "0", "--out", f"{folder}/run", *flags])
     kinds = Counter()
     for event in profiler.key_averages():
         kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "other operations")

@@ -45,7 +45,7 @@ def main():
         run.send_signal(signal.SIGINT)
         print(f"exit code {run.wait()}")
     rest = np.array(rows[len(rows) // 10:])
-    fifth = max(1, len(rest) // 5)  # of what is left: the peak of the last against that of the first
+    fifth = max(1, len(rest) // 5)  # of what is left: the last against the first
     first, last = rest[:fifth], rest[-fifth:]
     grown = last.max(axis=0) - first.max(axis=0)
     mean = last[:, 0].mean() / first[:, 0].mean() - 1
