@@ -258,9 +258,9 @@ def typed(prompt: str):
 
 def main(argv=None) -> None:
     """Answers one question to a bank, or talks with its owner."""
-    from flags import Parser, usual
     from policy import Policy  # here: nothing above needs a model of its own, and these come after this file
-    from run import check_distill
+    from support.cli import Parser, usual
+    from support.run import check_distill
     parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
                     "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
                     epilog='example: python answer.py bank.json "Which car does Jon drive?"')
@@ -298,5 +298,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from flags import exit_cleanly
+    from support.cli import exit_cleanly
     exit_cleanly(main, less="the size of --model", go_on="the same command goes on")

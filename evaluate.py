@@ -28,15 +28,15 @@ from tqdm import tqdm
 import answer
 import data
 import manager
-import report
 from data import TINY, Dialogue, Question, UsageError, is_tiny
-from flags import BY_DATA, BY_MODEL, Parser, exit_cleanly
-from judge import Endpoint, Hosted, gold_of, make_judge
 from memory import Memory, MemoryBank, make_embedder
-from plots import plot_evaluation
 from policy import Policy
-from report import scores
-from run import append, check_distill, note, read_config, seed_everything, tidy
+from support import report
+from support.cli import BY_DATA, BY_MODEL, Parser, exit_cleanly
+from support.judge import Endpoint, Hosted, gold_of, make_judge
+from support.plots import plot_evaluation
+from support.report import scores
+from support.run import append, check_distill, note, read_config, seed_everything, tidy
 
 BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
 # What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.

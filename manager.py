@@ -473,8 +473,8 @@ def read_turn(policy, bank: MemoryBank, turn: Turn, adapter: str | None, setting
 
 def main(argv=None) -> None:
     """Reads a conversation and prints, turn by turn, what the Manager does."""
-    from flags import Parser, usual
     from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
+    from support.cli import Parser, usual
     parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
                     epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out bank.json")
     add = parser.add_argument
@@ -506,5 +506,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from flags import exit_cleanly
+    from support.cli import exit_cleanly
     exit_cleanly(main, less="the size of --model", go_on="the same command begins anew")

@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import SharedPrompts
 from data import TINY, UsageError
+from support.attention import SharedPrompts
 
 # Families whose packed scores the tests compare with plain ones; others are scored unpacked. A 4-D mask is
 # silently wrong with a sliding window, linear attention, or positions read off the mask (ALiBi).
@@ -487,7 +487,7 @@ def read_adapter(folder):
 
 def main(argv=None) -> None:
     """Shows what the tiny model writes, how likely it finds that, and what LoRA changes: nothing while it is off."""
-    from flags import Parser  # here: flags.py comes after this file
+    from support.cli import Parser  # here: flags.py comes after this file
     Parser(description="Shows samples of the tiny model, their log-probs, and what LoRA changes.").parse_args(argv)
     torch.manual_seed(0)
     policy = Policy.load(TINY)
@@ -512,5 +512,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from flags import exit_cleanly
+    from support.cli import exit_cleanly
     exit_cleanly(main)

@@ -35,11 +35,21 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TINY
-from distributed import gather, is_main, on_main, own_batches, seed_apart, share, sum_gradients, sum_over_ranks, wait
-from flags import Parser, exit_cleanly
 from grpo import Toy
 from policy import Completion, Policy, pad_right, spread
-from run import Run, first_not_finite, num_updates, restore, save, seed_everything, writing
+from support.cli import Parser, exit_cleanly
+from support.distributed import (
+    gather,
+    is_main,
+    on_main,
+    own_batches,
+    seed_apart,
+    share,
+    sum_gradients,
+    sum_over_ranks,
+    wait,
+)
+from support.run import Run, first_not_finite, num_updates, restore, save, seed_everything, writing
 
 
 @dataclass(frozen=True)

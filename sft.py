@@ -19,9 +19,17 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from distributed import copy_from_main, is_main, on_main, own_batches, sum_gradients, sum_over_ranks, wait
 from policy import Policy
-from run import Run, batch_of, first_not_finite, optimizer_tensors, restore_optimizer, restore_parameters, writing
+from support.distributed import copy_from_main, is_main, on_main, own_batches, sum_gradients, sum_over_ranks, wait
+from support.run import (
+    Run,
+    batch_of,
+    first_not_finite,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_parameters,
+    writing,
+)
 
 
 @dataclass(frozen=True)

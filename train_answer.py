@@ -21,13 +21,13 @@ import grpo
 import manager
 import ppo
 from data import Dialogue, Question, UsageError
-from distributed import GO_ON, divide, is_main, on_main, together
-from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
-from judge import make_scorer
 from memory import MemoryBank, make_embedder
-from plots import plot_run
 from policy import Policy
-from run import batch_of, check_out, seed_everything, train
+from support.cli import Parser, add_shared_flags, exit_cleanly, fill_defaults
+from support.distributed import GO_ON, divide, is_main, on_main, together
+from support.judge import make_scorer
+from support.plots import plot_run
+from support.run import batch_of, check_out, seed_everything, train
 
 NUM_TURNS = 100  # of a synthetic conversation: about fifteen memories of each speaker
 NUM_DIALOGUES = 24  # of them to train on, with some fifty questions each

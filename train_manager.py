@@ -27,13 +27,13 @@ import manager
 import ppo
 import sft
 from data import Dialogue, Question, Turn, UsageError, is_tiny
-from distributed import GO_ON, divide, gather, is_main, on_main, share, together
-from flags import Parser, add_shared_flags, exit_cleanly, fill_defaults
-from judge import Endpoint, Hosted, Kept, make_scorer
 from memory import MemoryBank, make_embedder
-from plots import plot_run
 from policy import Policy
-from run import check_distill, check_out, seed_everything, train
+from support.cli import Parser, add_shared_flags, exit_cleanly, fill_defaults
+from support.distributed import GO_ON, divide, gather, is_main, on_main, share, together
+from support.judge import Endpoint, Hosted, Kept, make_scorer
+from support.plots import plot_run
+from support.run import check_distill, check_out, seed_everything, train
 
 REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # of a hosted teacher
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-TINY = Path(__file__).parent / "tiny"  # the default model; how `python -m data.pretrain` made it: its README.md
+TINY = Path(__file__).parent / "tiny"  # the default model; its README.md says how it was made
 
 
 class UsageError(Exception):

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from judge import Endpoint
 from policy import Completion, Policy
+from support.judge import Endpoint
 
 SPECIAL = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"

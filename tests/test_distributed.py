@@ -17,9 +17,20 @@ import ppo
 import sft
 import train_manager
 from data import TINY
-from distributed import divide, gather, is_main, on_main, rank, seed_apart, share, sum_over_ranks, together, world
 from policy import Completion, Policy
-from run import Run, read_rows, seed_everything
+from support.distributed import (
+    divide,
+    gather,
+    is_main,
+    on_main,
+    rank,
+    seed_apart,
+    share,
+    sum_over_ranks,
+    together,
+    world,
+)
+from support.run import Run, read_rows, seed_everything
 
 ROOT = Path(__file__).parents[1]
 TEXTS, G = ["Hi", "What is it?", "Spell a word"], 4  # three prompts: of two processes one has two

@@ -16,13 +16,13 @@ from test_locomo import ENTRY
 import answer
 import data.locomo
 import evaluate
-import plots
 import train_answer
 import train_manager
 from data import TINY
-from flags import exit_cleanly
 from policy import Policy
-from run import read_rows
+from support import plots
+from support.cli import exit_cleanly
+from support.run import read_rows
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate, "plots": plots,

@@ -15,15 +15,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 import answer
 import data
 import evaluate
-import report
 import train_answer
 import train_manager
 from data import Dialogue, Question, Turn, UsageError
 from evaluate import Hosted, System, scores
-from judge import Endpoint
 from memory import Memory
 from policy import Policy
-from report import interval
+from support import report
+from support.judge import Endpoint
+from support.report import interval
 
 ROOT = Path(__file__).parent.parent
 ORACLE = ROOT.parent / "shared/data/metric_oracle.json"

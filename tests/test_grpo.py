@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import grpo
 from grpo import Config, group_advantages, grpo_loss, kl_k3, rollouts_of, train, update
-from run import Run, read_rows, seed_everything
+from support.run import Run, read_rows, seed_everything
 
 PROMPTS = ["Hi", "What is it?", "Spell a word"]
 G = 4

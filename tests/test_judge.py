@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from answer import METRICS, composite, exact_match, f1
 from data import UsageError
-from judge import Endpoint, Judge, make_judge, make_scorer, verdict_of
+from support.judge import Endpoint, Judge, make_judge, make_scorer, verdict_of
 
 RIGHT, FALSE = ("Which car?", "a Kia", "Kia"), ("Which dog?", "Rex", "Buddy")
 GOOD, BAD = 'The same. {"label": "CORRECT"}', 'Another dog. {"label": "WRONG"}'

@@ -9,7 +9,7 @@ import torch
 
 import ppo
 from ppo import Config, Critic, explained_variance, gae, ppo_loss, terminal_rewards, value_loss, whiten
-from run import Run
+from support.run import Run
 
 torch.set_num_threads(1)
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]

@@ -14,13 +14,12 @@ import torch
 
 import evaluate
 import grpo
-import plots
 import policy
-import run
 import train_answer
 import train_manager
 from data import TINY
 from policy import Policy
+from support import plots, run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,13 +15,12 @@ from test_msc import ENTRY as MSC
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import evaluate
-import plots
-import report
 import train_answer
 import train_manager
 from data import TINY, longmemeval
 from policy import Policy
-from run import read_rows
+from support import plots, report
+from support.run import read_rows
 
 SECTION = (Path(__file__).parents[1] / "README.md").read_text().split("## Reproduce the paper\n")[1].split("\n##")[0]
 BLOCK = SECTION.split("```")[1].replace("\\\n", " ").strip().splitlines()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import run as runs
 from data import UsageError
-from plots import plot_run, plot_runs, read_run, table_of_runs
-from run import Run, append, optimizer_tensors, read_rows, restore_optimizer
+from support import run as runs
+from support.plots import plot_run, plot_runs, read_run, table_of_runs
+from support.run import Run, append, optimizer_tensors, read_rows, restore_optimizer
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
 

@@ -15,8 +15,8 @@ import train_manager
 from data import UsageError
 from memory import Memory
 from policy import Policy
-from run import Run, read_rows, seed_everything
 from sft import Config, batch_of, cross_entropy, update
+from support.run import Run, read_rows, seed_everything
 
 PAIRS = [("Hi", "abc"), ("What is it?", "e"), ("Spell a word", "word, spelled")]
 

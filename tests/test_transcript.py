@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from mutations import CASES, FUZZ, edited, mutated, said
 
 import data
-import report
 from data import Question, Turn, UsageError, transcript
+from support import report
 from train_manager import linked_questions
 
 TEXT = """\

@@ -15,11 +15,11 @@ import torch
 
 import grpo
 import ppo
-import run as runs
 from data import UsageError
-from flags import exit_cleanly
 from memory import MemoryBank, make_embedder
-from run import Run, locked, read_rows, seed_everything
+from support import run as runs
+from support.cli import exit_cleanly
+from support.run import Run, locked, read_rows, seed_everything
 
 ROOT = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("algorithm", [grpo, ppo], ids=["grpo", "ppo"])

@@ -24,8 +24,8 @@ from matplotlib.backends import backend_agg  # noqa: F401, what a run imports la
 from transformers import LlamaForCausalLM  # noqa: F401
 
 import train_manager
-from flags import exit_cleanly
-from run import read_rows
+from support.cli import exit_cleanly
+from support.run import read_rows
 
 
 def start(argv, log):

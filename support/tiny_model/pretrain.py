@@ -1,9 +1,9 @@
 """
 Makes the tiny default model from nothing: tokenizer, weights, model card. An hour or more of one CPU core.
 
-    python -m data.pretrain                          # writes data/tiny
-    python -m data.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
-    python -m data.pretrain --init /tmp/tiny --tokens 20e6   # go on from a finished model
+    python -m support.tiny_model.pretrain                          # writes data/tiny
+    python -m support.tiny_model.pretrain --tokens 1e6 --out /tmp/tiny     # a quick look
+    python -m support.tiny_model.pretrain --init /tmp/tiny --tokens 20e6   # go on from a finished model
     torchrun --nproc_per_node=2 -m data.pretrain             # two processes, twice the tokens a step
 
 The model is a Llama of 1.5M parameters. Three things make copying possible at this size (nothing else did):
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import lessons
 from data.synthetic import ATTRIBUTES, WORDS, drawer
+from support.tiny_model import lessons
 
 CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}"
                  "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}")
@@ -387,7 +387,7 @@ def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, 
 CARD = """# The tiny default model
 
 {size:,} parameters (Llama, hidden 128, 6 layers, 4 heads, vocabulary {vocabulary}), trained on
-{tokens:.0f}M tokens of made-up talk by `python -m data.pretrain {flags}`. It plays the
+{tokens:.0f}M tokens of made-up talk by `python -m support.tiny_model.pretrain {flags}`. It plays the
 part of an instruct model where none can be downloaded. It speaks the project's formats and nothing else.
 
 **What it can do.** It copies names and values it has never seen, carries out an operation it is told to do, and answers

@@ -30,7 +30,7 @@ from answer import LONGEST_ANSWER, LONGEST_OUTPUT, METRICS
 from data import UsageError, longmemeval
 from manager import chat, one_line
 from policy import Completion, Policy
-from run import add_lines, append, read_rows, writing
+from support.run import add_lines, append, read_rows, writing
 
 # ------------------------------------------------------------------------------------------------ a hosted model
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from data import UsageError
-from flags import Parser, exit_cleanly
-from report import NAMES
-from run import note, read_config, read_rows, writing
+from support.cli import Parser, exit_cleanly
+from support.report import NAMES
+from support.run import note, read_config, read_rows, writing
 
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
 EVENTS = {"ADD": BLUE, "UPDATE": SKY, "DELETE": VERMILION, "NOOP": GREY}

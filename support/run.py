@@ -35,7 +35,7 @@ from safetensors import torch as safetensors
 from tqdm import tqdm
 
 from data import UsageError
-from distributed import copy_from_main, gather, is_main, on_main, world
+from support.distributed import copy_from_main, gather, is_main, on_main, world
 
 try:
     import fcntl

@@ -22,7 +22,7 @@ import answer
 import data
 from data import Dialogue, UsageError, longmemeval, msc, transcript
 from manager import EVENTS
-from run import note, tidy, write, writing
+from support.run import note, tidy, write, writing
 
 METRICS = ("em", "f1", "bleu1", "f1_locomo", "judge")
 NAMES = {  # the benchmark's name of a category and the paper's, in the paper's order; synthetic talk has LoCoMo's

@@ -1,0 +1,1 @@
+"""How the tiny default model in data/tiny was made."""
