@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,10 @@ BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512), "max
 ALGORITHMS = ("grpo", "ppo", "sft")
 BY_ALGORITHM = {"group_size": (8, 4, 1), "minibatch": (0, 6, 0)}
 LR = {"grpo": (3e-3, 2e-5), "ppo": (1e-3, 2e-5), "sft": (3e-3, 1e-4)}
+
+
+def flag(default, help="", **options):
+    return field(default=default, metadata={"help": help, **options})
 
 
 class Help(argparse.HelpFormatter):
