@@ -1,105 +1,90 @@
 """
 GRPO: policy-gradient fine-tuning without a value network (DeepSeekMath, arXiv 2402.03300, sec. 4.1; Memory-R1, arXiv
-2508.19828, eq. 3). The baseline of a completion is the mean reward of its siblings, sampled from the same prompt.
+2508.19828, eq. 3). The baseline of a completion is the mean reward of its group: the completions of the same prompt.
 
-One step: 1. a batch of P prompts   2. G completions of each   3. their rewards   4. advantages inside each group
-5. clipped surrogate with a KL penalty towards the reference, which is the same network with LoRA switched off
-6. AdamW on the adapter, `epochs` passes over the step's completions   7. a line in metrics.jsonl
+One training step, with the function that does it:
+1. take a batch of P prompts                                                  task.batch
+2. sample a group of G completions for each prompt                            policy.sample
+3. compute their rewards                                                      task.rewards
+4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
+5. compute the clipped surrogate and the KL penalty                           grpo_loss
+6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
+7. write one line to metrics.jsonl                                            loop.log
 
-What differs from the paper and why:
-1. Memory-R1 prints no clip in eq. 3; here the ratio is clipped, as GRPO was published.
-2. Its ratio is "per action"; here it is per token, as in the published GRPO and in VERL, which the paper used.
-3. A group whose rewards are all equal has no policy gradient, so it is left out of the update altogether; its KL term
-   goes too. It still counts in the mean over completions.
+Differences from the paper:
+1. Memory-R1 prints no clip in eq. 3. The ratio is clipped here, as GRPO was published.
+2. Its ratio is "per action". Here it is per token, as in the published GRPO and in VERL, which the paper used.
+3. A group with equal rewards has no policy gradient. It is left out of the update, and with it its KL term; it still
+   counts in the mean over completions.
+4. loss_mean="token" (the default on synthetic data) divides by the mean length of all completions instead of |o_i|.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
-`mask` (N, C) is 1 where a token was sampled: its EOS yes, padding no. `_old`: at sampling, `_ref`: LoRA off.
+`mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: reference, LoRA off.
 """
-import math
-import random
-import tempfile
-import time
+from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
-from data import TINY
-from policy import Completion, Policy, pad_right
-from support.cli import Parser, exit_cleanly
-from support.distributed import (
-    gather,
-    is_main,
-    on_main,
-    own_batches,
-    seed_apart,
-    share,
-    sum_gradients,
-    sum_over_ranks,
-    wait,
-)
-from support.run import Run, first_not_finite, num_updates, restore, save, seed_everything, writing
+from policy import Policy
+from support.cli import exit_cleanly, flag
+from support.loop import mean_per_token, optimizer_step, rollout_metrics, update_metrics
+from support.rollouts import minibatches, sampled_tensors, select_groups
+from support.toy import show_toy
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 90
-    group_size: int = 8  # G; with G = 2 most groups of a binary reward teach nothing
-    batch_size: int = 24  # P, prompts a step
-    epochs: int = 1  # passes over a step's completions
-    minibatch: int = 0  # groups per optimizer step; 0: all of them at once, and with 1 epoch the ratio stays 1
-    lr: float = 3e-3  # for LoRA on the tiny model; 1e-5 to 1e-4 on a model of billions
-    warmup: int = 5  # steps over which the learning rate rises
-    schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of it, or "constant", as in the paper
-    clip: float = 0.2
-    beta: float = 0.01  # weight of the KL penalty
-    loss_mean: str = "completion"  # "completion": over its tokens, then over completions; "token": over all tokens
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    grad_clip: float = 1.0
-    micro_batch_tokens: int = 0  # of one forward and backward pass; 0: what fits, see `Policy.room`
-    checkpoint_every: int = 10  # steps
-    seed: int = 0
+    """The defaults train the tiny model; presets for other models stand in the training scripts."""
+    steps: int = flag(90, "training steps; each samples one batch of rollouts", least=1)
+    group_size: int = flag(8, "completions of each prompt, G", least=2)
+    batch_size: int = flag(24, "prompts in a step, P", least=1)
+    epochs: int = flag(1, "passes over the rollouts of a step", least=1)
+    minibatch: int = flag(0, "groups per optimizer step; 0: all at once, and the ratio stays 1", least=0)
+    lr: float = flag(3e-3, "peak learning rate", least=0)
+    warmup: int = flag(5, "steps over which the learning rate rises", least=0)
+    schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
+    clip: float = flag(0.2, "the ratio is clipped to 1 +- CLIP", least=0)
+    beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
+    loss_mean: str = flag("token", "mean over each completion, then over completions, or over all tokens",
+                          choices=("completion", "token"))
+    temperature: float = flag(1.0, "sampling temperature in training; evaluation is greedy")
+    max_new_tokens: int = flag(80, "longest completion in tokens", least=1)
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", least=0)
+    micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; 0: as many as fit", least=0)
+    checkpoint_every: int = flag(10, "steps between checkpoints", least=1)
+    seed: int = flag(0, "random seed")
 
 
-class Task(Protocol):
-    """What is to be learned. `grpo.py` sees prompts, completions and rewards, and nothing of what they are about."""
-    state: dict  # what the task has to find again when a run is resumed, fit for JSON
-
-    def batch(self, step: int) -> list:
-        """The episodes of a step, each with a `prompt` of token ids."""
-
-    def rewards(self, episodes: list, groups: list[list[Completion]]) -> tuple[torch.Tensor, dict, list[dict]]:
-        """Rewards (P, G), further numbers for the step's line, and rollouts as a person would read them."""
-
-    def evaluate(self, when: str, step: int) -> list[dict]:
-        """Held-out results, `when` = "untrained" or "trained"."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Rollouts:
-    """One step's completions, and all that is known of them before the update."""
+    """The completions of one step and everything the update needs. Only groups whose rewards differ."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids
     logp_old: torch.Tensor  # (N, C)
-    advantages: torch.Tensor  # (P, G)
+    logp_ref: torch.Tensor  # (N, C), zeros if beta = 0
+    advantages: torch.Tensor  # (N,)
+    kept: float  # the fraction of the step's groups that is in here
+    mean_length: float  # tokens per completion, over all groups of the step
 
 
-# ------------------------------------------------------------------------------------------------ the algorithm
+NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics of a step without a useful group
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """
-    A = (r - mean) / (std + eps), the statistics taken inside each group. (P, G) -> (P, G)
+    A = (r - mean) / (std + eps), with mean and std over each group. (P, G) -> (P, G)
     [[1., 0., 0., 1.]] -> [[.87, -.87, -.87, .87]]; equal rewards give 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # eight times 1/3 has a mean that is not 1/3
+    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # in floats, the mean of eight 1/3 is not 1/3
 
 
 def all_equal(rewards: torch.Tensor) -> torch.Tensor:
-    """Which groups have nothing to teach. (P, G) -> (P,) bool"""
+    """Groups with equal rewards have no gradient. (P, G) -> (P,) bool"""
     return (rewards == rewards[:, :1]).all(dim=1)
 
 
@@ -115,12 +100,12 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length=None):
     """
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
-    (arXiv 2402.03300, eq. 3); with `mean_length` that number stands for every |o_i|, which makes it a mean over tokens
-    (arXiv 2503.14476, eq. 8): a token of a long completion then weighs as much as one of a short.
+    (arXiv 2402.03300, eq. 3). `mean_length` replaces every |o_i|, which gives the mean over all tokens (arXiv
+    2503.14476, eq. 8): tokens of long completions then weigh as much as tokens of short ones.
     logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), and
-    per token (N, C) the KL and whether the clip took the gradient away.
+    per token (N, C) the KL and whether the clip removed the gradient.
     """
-    A = advantages[:, None]  # one number shared by every token of a row
+    A = advantages[:, None]  # the same number for every token of a row
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
@@ -129,175 +114,67 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
     return -per_row, kl.detach(), (clipped < rho * A).detach()
 
 
-def pick(rollouts: Rollouts, groups: list[int]) -> Rollouts:
-    """Some groups of the rollouts. Groups are blocks of G rows."""
-    G = rollouts.advantages.shape[1]
-    rows = [i * G + g for i in groups for g in range(G)]
-    return Rollouts([rollouts.prompts[i] for i in groups], [rollouts.completions[i] for i in groups],
-                    rollouts.logp_old[rows], rollouts.advantages[groups])
+# ------------------------------------------------------------------------------------------------ one step
 
-
-def backward(policy: Policy, part: Rollouts, num_rows: float, mean_length, adapter: str, config: Config):
-    """Adds the gradient of some groups' share in the loss over `num_rows` completions; returns sums over tokens."""
-    logp_ref = None
+def make_rollouts(policy: Policy, prompts, groups, rewards: torch.Tensor, config: Config) -> Rollouts | None:
+    """Advantages and reference log-probs of a step's completions; None if all groups have equal rewards."""
+    kept = (~all_equal(rewards)).nonzero().flatten().tolist()
+    if not kept:
+        return None
+    completions = [[completion.ids for completion in group] for group in groups]
+    mask, logp_old = sampled_tensors(groups, policy.device)
+    advantages = group_advantages(rewards).flatten().to(policy.device)  # (P, G) -> (N,)
+    rollouts = select_groups(Rollouts(prompts, completions, logp_old, torch.zeros_like(logp_old), advantages,
+                                      len(kept) / len(groups), mask.sum().item() / len(mask)), kept)
     if config.beta > 0:
-        with torch.no_grad(), policy.using(None):
-            logp_ref = policy.score(part.prompts, part.completions, config.temperature).logp
+        with policy.using(None):
+            rollouts.logp_ref.copy_(policy.map_groups(
+                lambda *some: policy.score(*some, config.temperature).logp, rollouts.prompts, rollouts.completions,
+                config.micro_batch_tokens))
+    return rollouts
+
+
+def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: Config, step: int) -> dict:
+    """`epochs` passes over the rollouts, one optimizer step per minibatch. Returns means over the tokens used."""
+    sums, updates = Counter(kl=0.0, clip_rate=0.0, tokens=0), []
+    for epoch in range(config.epochs):
+        for minibatch in minibatches(rollouts, config.minibatch, f"{config.seed} {step} {epoch}"):
+            optimizer.zero_grad(set_to_none=True)
+            for indices in policy.micro_batches(minibatch.prompts, minibatch.completions, config.micro_batch_tokens):
+                part = select_groups(minibatch, indices)
+                sums.update(accumulate_gradients(policy, part, len(minibatch.advantages), adapter, config))
+            updates.append(optimizer_step(optimizer, config.grad_clip, minibatch))
+    return mean_per_token(sums) | update_metrics(updates)
+
+
+def accumulate_gradients(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config: Config) -> Counter:
+    """Backward pass of some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
     with policy.using(adapter):
         logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
-    logp_old = part.logp_old[:, :logp.shape[1]]  # padded to the longest of all groups, not of these
-    losses, kl, is_clipped = grpo_loss(logp, logp_old, logp_ref, part.advantages.flatten(), mask, config.clip,
-                                       config.beta, mean_length)
-    (losses.sum() / num_rows).backward()
-    return {name: (values * mask).sum().item() for name, values in
-            {"kl": kl, "clip_rate": is_clipped, "tokens": torch.ones_like(logp)}.items()}
+        losses, kl, is_clipped = grpo_loss(logp, part.logp_old, part.logp_ref if config.beta > 0 else None,
+                                           part.advantages, mask, config.clip, config.beta,
+                                           part.mean_length if config.loss_mean == "token" else None)
+        # Groups that were left out have loss 0, but count in the mean.
+        (part.kept * losses.sum() / num_rows).backward()
+    return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item())
 
 
-def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: Config,
-           rng: random.Random) -> dict[str, float | None]:
-    """`epochs` passes of clipped gradient steps over one batch of rollouts. Returns means over the tokens it used."""
-    P, G = rollouts.advantages.shape
-    lessons = [i for i in range(P) if rollouts.advantages[i].any()]
-    lengths = [len(completion) for group in rollouts.completions for completion in group]
-    mean_length = sum(lengths) / len(lengths) if config.loss_mean == "token" else None
-    sums, norms, skips = dict.fromkeys(("kl", "clip_rate", "tokens"), 0.0), [], []
-    parameters = dict(zip(policy.names(adapter), policy.parameters(adapter), strict=True))
-    for _ in range(config.epochs if lessons else 0):
-        rng.shuffle(lessons)
-        size = config.minibatch or len(lessons)
-        for at in range(0, len(lessons), size):
-            some = lessons[at:at + size]
-            # Groups without a lesson have gradient 0 but count in the mean, in equal shares of the minibatches.
-            num_rows = len(some) * G * P / len(lessons)
-            batch = pick(rollouts, some)
-            optimizer.zero_grad(set_to_none=True)
-            for indices in own_batches(policy, batch.prompts, batch.completions, config.micro_batch_tokens):
-                part = pick(batch, indices)
-                for name, value in backward(policy, part, num_rows, mean_length, adapter, config).items():
-                    sums[name] += value
-            sum_gradients(parameters.values())
-            bad = first_not_finite({"advantages": batch.advantages, "logp_old": batch.logp_old} | {
-                f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
-            if bad:  # a loss that is not finite has such gradients too
-                skips.append(bad)
-                continue
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item())
-            optimizer.step()
-    # E[-log pi] over all that was sampled: the entropy also of groups that are not scored again.
-    entropy = -rollouts.logp_old.sum().item() / sum(lengths)
-    sums = sum_over_ranks(sums)
-    count = sums.pop("tokens")
-    return {name: value / count if count else None for name, value in sums.items()} | {
-        "entropy": entropy, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(skips)} | (
-        {"not_finite_in": skips[0]} if skips else {})
-
-
-# ------------------------------------------------------------------------------------------------ the loop
-
-def rollouts_of(prompts, groups: list[list[Completion]], rewards: torch.Tensor, device) -> Rollouts:
-    """Completions and rewards as tensors. The log-probs of sampling serve as logp_old: nothing is scored twice."""
-    flat = [completion for group in groups for completion in group]
-    logp_old = pad_right([completion.logps for completion in flat], 0.0, torch.float32)
-    return Rollouts(prompts, [[completion.ids for completion in group] for group in groups], logp_old.to(device),
-                    group_advantages(rewards).to(device))
-
-
-def learning_rate_share(step: int, config: Config) -> float:
-    """Of the peak learning rate, at steps 1, 2, ..., `steps`."""
-    left = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
-    return min(1.0, step / max(1, config.warmup), left)
-
-
-def train_step(policy: Policy, task: Task, optimizer, adapter: str, config: Config, step: int, rng):
-    """Steps 1 to 6 of the list above. Returns the step's metrics and its rollouts as a person would read them."""
-    start = time.time()
-    optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config)
-    episodes = task.batch(step)
-    seed_apart(config.seed, step)
-    with policy.using(adapter):
-        groups = gather(policy.sample([episode.prompt for episode in share(episodes)], config.group_size,
-                                      config.max_new_tokens, config.temperature))
-    rewards, extra, samples = task.rewards(episodes, groups)  # (P, G)
-    rollouts = rollouts_of([episode.prompt for episode in episodes], groups, rewards, policy.device)
-    learned = update(policy, optimizer, rollouts, adapter, config, rng)
-    flat = [completion for group in groups for completion in group]
-    metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": rewards.std(dim=1).mean().item(),
-               "zero_std_rate": all_equal(rewards).float().mean().item(), **learned,
-               "lr": optimizer.param_groups[0]["lr"],
-               "completion_tokens": sum(len(completion.ids) for completion in flat) / len(flat),
-               "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat),
-               **extra, "seconds": time.time() - start}
-    return metrics, [{"step": step, **sample} for sample in samples]
-
-
-def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
-    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if there is one."""
-    rng = random.Random(config.seed)
-    parameters = policy.parameters(adapter)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    done = restore(run, task, parameters, optimizer, rng)
-    if done is None:
-        done = 0
-        run.report(on_main(task.evaluate, "untrained", 0))
-    steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
-    with run.ending_steps():
-        for step in steps:
-            before = num_updates(optimizer)
-            try:
-                metrics, samples = train_step(policy, task, optimizer, adapter, config, step, rng)
-            except torch.OutOfMemoryError:
-                if num_updates(optimizer) == before:  # else the step is half done
-                    save(run, step - 1, task, parameters, optimizer, rng)
-                raise
-            run.log(metrics)
-            run.samples(samples)
-            tqdm.write(run.line(step, metrics))
-            reason = run.reason_to_stop(metrics)
-            if reason or step % config.checkpoint_every == 0 or step == config.steps:
-                save(run, step, task, parameters, optimizer, rng)
-            if reason:
-                wait()  # for main to have written: the first process to end ends all
-                raise reason
-    if is_main() and not run.is_complete(config.steps):
-        with writing(run.folder):
-            policy.save_adapter(adapter, run.folder / "adapter")
-        run.report(task.evaluate("trained", config.steps))
-
-
-# ------------------------------------------------------------------------------------------------ a toy
-
-class Toy:
-    """A greeting; the reward is 1 for a reply that begins with a capital letter, which the tiny model seldom writes."""
-    state: dict = {}
-
-    def __init__(self, policy: Policy):
-        self.prompt = policy.encode([{"role": "user", "content": "Hello."}])
-
-    def batch(self, step: int) -> list:
-        return [self] * 4
-
-    def rewards(self, episodes, groups):
-        return torch.tensor([[float(one.text.strip()[:1].isupper()) for one in group] for group in groups]), {}, []
-
-    def evaluate(self, when: str, step: int) -> list[dict]:
-        return []
+def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
+    """`config.steps` training steps. `loop` (support/loop.py) resumes, seeds, evaluates, saves and stops."""
+    optimizer = torch.optim.AdamW(policy.named_parameters(adapter), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in loop.steps(optimizer):
+        episodes = task.batch(step)
+        prompts = [episode.prompt for episode in episodes]
+        with policy.using(adapter):
+            groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
+        rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
+        rollouts = make_rollouts(policy, prompts, groups, rewards, config)
+        metrics = update(policy, optimizer, rollouts, adapter, config, step) if rollouts else NO_UPDATE
+        loop.log(step, rollout_metrics(rewards, groups) | metrics | task_metrics, samples)
 
 
 def main(argv=None) -> None:
-    """Learns the toy."""
-    Parser(description="GRPO learns a toy on the tiny model, in seconds: to begin with a capital letter.",
-           epilog="For the real thing see train_manager.py and train_answer.py.").parse_args(argv)
-    seed_everything(0)
-    policy = Policy.load(TINY)
-    policy.add_adapter("toy")
-    task, config = Toy(policy), Config(steps=12, max_new_tokens=4)
-    before = policy.sample([task.prompt], 4, config.max_new_tokens)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        train(policy, task, Run(folder, vars(config)), "toy", config)
-    with policy.using("toy"):
-        after = policy.sample([task.prompt], 4, config.max_new_tokens)[0]
-    for name, group in (("untrained", before), ("trained", after)):
-        print(f"{name:9}  {'   '.join(repr(' '.join(one.text.split())) for one in group)}")
+    show_toy("GRPO", train, Config(steps=12, max_new_tokens=4), Policy.load, argv)
 
 
 if __name__ == "__main__":

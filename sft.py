@@ -1,61 +1,43 @@
 """
-SFT: supervised fine-tuning on what a teacher wrote, which makes the baseline Memory-SFT (Memory-R1, arXiv 2508.19828,
-table 1): behaviour cloning. No reward, no samples: a completion becomes likelier because the teacher wrote it.
+SFT: supervised fine-tuning on a teacher's outputs, which gives the baseline Memory-SFT (Memory-R1, arXiv 2508.19828,
+table 1): behaviour cloning. There is no reward and no sampling.
 
-One step: 1. a batch of P prompts, each with the teacher's completion   2. the cross-entropy of the completions' tokens
-3. AdamW on the adapter   4. a line in metrics.jsonl
+One training step, with the function that does it:
+1. take a batch of P prompts, each with the teacher's completion              epoch_indices
+2. compute the cross-entropy of the completions' tokens                       cross_entropy
+3. update the adapter with AdamW                                              update
+4. write one line to metrics.jsonl                                            loop.log
 
-What differs from the paper and why:
-1. Its teacher is GPT-5. Here that is the task's affair: known operations, or any hosted model.
-2. It prints no settings. Here all are as in grpo.py and ppo.py, so that the three can be compared.
+Differences from the paper:
+1. Its teacher is GPT-5. Here the task provides the demonstrations: known operations, or any hosted model.
+2. It gives no settings. Here they are those of grpo.py and ppo.py, so that the three can be compared.
 
-Shapes: P prompts, a completion each, C tokens in the longest. `mask` (P, C) is 1 on its tokens and EOS, not on padding.
+Shapes: P prompts, one completion each, C tokens in the longest. `mask` (P, C) is False on padding.
 """
-import math
-import time
+from collections import Counter
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from policy import Policy
-from support.distributed import copy_from_main, is_main, on_main, own_batches, sum_gradients, sum_over_ranks, wait
-from support.run import (
-    Run,
-    batch_of,
-    first_not_finite,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_parameters,
-    writing,
-)
+from support.cli import flag
+from support.loop import epoch_indices, mean_per_token, optimizer_step, update_metrics
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 90
-    batch_size: int = 24  # P, demonstrations a step
-    lr: float = 3e-3  # for LoRA on the tiny model; 1e-4 on a model of billions
-    warmup: int = 5  # steps over which the learning rate rises
-    schedule: str = "linear"  # "linear" below 1 - (step - 1) / steps of it, or "constant"
-    grad_clip: float = 1.0
-    micro_batch_tokens: int = 0  # of one forward and backward pass; 0: what fits, see `Policy.room`
-    checkpoint_every: int = 10  # steps
-    seed: int = 0  # of the order
+    """The defaults train the tiny model; presets for other models stand in the training scripts."""
+    steps: int = flag(90, "training steps", least=1)
+    batch_size: int = flag(24, "demonstrations in a step, P", least=1)
+    lr: float = flag(3e-3, "peak learning rate", least=0)
+    warmup: int = flag(5, "steps over which the learning rate rises", least=0)
+    schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
+    max_new_tokens: int = flag(80, "longest output in tokens, in evaluation and of a hosted teacher", least=1)
+    grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", least=0)
+    micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; 0: as many as fit", least=0)
+    checkpoint_every: int = flag(10, "steps between checkpoints", least=1)
+    seed: int = flag(0, "random seed")
 
-
-class Task(Protocol):
-    """What is to be cloned. `sft.py` sees prompts and completions, and nothing of what they are about."""
-
-    def demonstrations(self) -> tuple[list[list[int]], list[list[int]], dict]:
-        """Prompts, what the teacher wrote after each with its EOS, both as token ids; what to report of the teacher."""
-
-    def evaluate(self, when: str, step: int) -> list[dict]:
-        """Held-out results, `when` = "untrained" or "trained"."""
-
-
-# ------------------------------------------------------------------------------------------------ the algorithm
 
 def cross_entropy(logp: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """L = -1/T sum_i sum_t log pi(o_i,t | q_i, o_i,<t), T = `num_tokens` of the whole batch. logp, mask (P, C) -> ()"""
@@ -63,87 +45,28 @@ def cross_entropy(logp: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> to
 
 
 def update(policy: Policy, optimizer, prompts, completions, adapter: str, config: Config) -> dict:
-    """One gradient step over a batch of demonstrations. Returns means over its completion tokens."""
-    parameters = dict(zip(policy.names(adapter), policy.parameters(adapter), strict=True))
-    num_tokens, norm, sums = sum(map(len, completions)), 0.0, dict.fromkeys(("loss", "entropy"), 0.0)
-    optimizer.zero_grad(set_to_none=True)
+    """One optimizer step on a batch of demonstrations. Returns means over its completion tokens."""
+    num_tokens, sums = sum(map(len, completions)), Counter(loss=0.0, entropy=0.0, tokens=0)
     groups = [[completion] for completion in completions]
-    for part in own_batches(policy, prompts, groups, config.micro_batch_tokens):
+    optimizer.zero_grad(set_to_none=True)
+    for indices in policy.micro_batches(prompts, groups, config.micro_batch_tokens):
         with policy.using(adapter):
-            logp, entropy, mask = policy.score([prompts[i] for i in part], [groups[i] for i in part])
-        loss = cross_entropy(logp, mask, num_tokens)
-        loss.backward()
-        sums["loss"] += loss.item()
-        sums["entropy"] += (entropy * mask).sum().item() / num_tokens
-    sum_gradients(parameters.values())
-    sums = sum_over_ranks(sums)
-    bad = first_not_finite({f"the gradient of {name}": parameter.grad for name, parameter in parameters.items()})
-    if not bad:
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item()
-        optimizer.step()
-    return {**sums, "grad_norm": norm, "skipped": int(bool(bad))} | ({"not_finite_in": bad} if bad else {})
+            logp, entropy, mask = policy.score([prompts[i] for i in indices], [groups[i] for i in indices])
+            cross_entropy(logp, mask, num_tokens).backward()
+        sums.update(loss=-(logp * mask).sum().item(), entropy=(entropy * mask).sum().item(), tokens=mask.sum().item())
+    return mean_per_token(sums) | update_metrics([optimizer_step(optimizer, config.grad_clip)])
 
 
-# ------------------------------------------------------------------------------------------------ the loop
-
-def learning_rate_share(step: int, config: Config) -> float:
-    """Of the peak learning rate, at steps 1, 2, ..., `steps`."""
-    left = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
-    return min(1.0, step / max(1, config.warmup), left)
-
-
-def train_step(policy: Policy, prompts, completions, optimizer, adapter: str, config: Config, step: int):
-    """Steps 1 to 3 of the list above. Returns the step's metrics and four demonstrations to be read by a person."""
-    start = time.time()
-    optimizer.param_groups[0]["lr"] = config.lr * learning_rate_share(step, config)
-    batch = batch_of(step, len(prompts), config)
-    prompts, completions = [prompts[i] for i in batch], [completions[i] for i in batch]
-    learned = update(policy, optimizer, prompts, completions, adapter, config)
-    metrics = {"step": step, **learned, "lr": optimizer.param_groups[0]["lr"],
-               "completion_tokens": sum(map(len, completions)) / len(completions), "seconds": time.time() - start}
-    return metrics, [{"step": step, "prompt": policy.decode(prompts[i]), "completion": policy.decode(completions[i])}
-                     for i in range(min(4, len(batch)))]
-
-
-def train(policy: Policy, task: Task, run: Run, adapter: str, config: Config) -> None:
-    """The whole run: held-out before, `steps` steps, held-out after. Continues from a checkpoint if there is one."""
-    parameters = policy.parameters(adapter)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    copy_from_main(parameters)
-    prompts, completions, about = task.demonstrations()
-    begun = on_main(run.load)
-    if begun:
-        done, tensors, _ = begun
-        restore_parameters(parameters, tensors)
-        restore_optimizer(optimizer, tensors)
-    else:
-        done = 0
-        held_out = on_main(task.evaluate, "untrained", 0)
-        run.report([{"step": 0, "eval": "teacher", "n": len(prompts), **about}, *held_out])
-    steps = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=adapter, disable=None)
-    with run.ending_steps():
-        for step in steps:
-            try:
-                metrics, samples = train_step(policy, prompts, completions, optimizer, adapter, config, step)
-            except torch.OutOfMemoryError:
-                save(run, step - 1, parameters, optimizer)
-                raise
-            run.log(metrics)
-            run.samples(samples)
-            tqdm.write(run.line(step, metrics))
-            reason = run.reason_to_stop(metrics)
-            if reason or step % config.checkpoint_every == 0 or step == config.steps:
-                save(run, step, parameters, optimizer)
-            if reason:
-                wait()  # for main to have written: the first process to end ends all
-                raise reason
-    if is_main() and not run.is_complete(config.steps):
-        with writing(run.folder):
-            policy.save_adapter(adapter, run.folder / "adapter")
-        run.report(task.evaluate("trained", config.steps))
-
-
-def save(run: Run, step: int, parameters, optimizer) -> None:
-    """All there is to restore: nothing here is drawn at random but the order, and that from the seed."""
-    adapter = {f"adapter.{i}": parameter for i, parameter in enumerate(parameters)}
-    run.save(step, adapter | optimizer_tensors(optimizer), {})
+def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
+    """`config.steps` training steps. `task.demonstrations()` returns prompts, completions (token ids) and a report."""
+    optimizer = torch.optim.AdamW(policy.named_parameters(adapter), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    prompts, completions, report = task.demonstrations()
+    teacher = {"step": 0, "eval": "teacher", "n": len(prompts), **report}
+    for step in loop.steps(optimizer, [teacher]):
+        batch = epoch_indices(step, len(prompts), config.batch_size, config.seed)
+        chosen = [prompts[i] for i in batch], [completions[i] for i in batch]
+        metrics = update(policy, optimizer, *chosen, adapter, config)
+        metrics["completion_tokens"] = sum(map(len, chosen[1])) / len(batch)
+        samples = [{"prompt": policy.decode(prompts[i]), "completion": policy.decode(completions[i])}
+                   for i in batch[:4]]
+        loop.log(step, metrics, samples)

@@ -1,41 +1,45 @@
 """
-Attention where several completions share a prompt, for transformers' models to call: `_attn_implementation = "shared"`.
-Exact: the softmax of every token runs over the same keys as if its completion stood there alone.
+Attention for completions that share a prompt, as transformers calls it: `_attn_implementation = "shared"`, and the
+decoder that samples with it. Exact: each token's softmax runs over the same keys as if its completion stood alone.
 
-Shapes: P prompts of up to L tokens, N rows that continue them, t tokens so far, H heads, K heads of keys, D their size.
+Shapes: P prompts of up to L tokens, N rows that continue them, t tokens so far, H query heads, K key heads of size D,
+V vocabulary. Rows are ordered by their prompt.
 """
 from functools import partial
+from os.path import commonprefix
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+MIN_PREFIX = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
+
 
 class SharedPrompts:
-    """The key-value cache of the prompts while rows continue them: a grid of P x W places, up to W rows to a prompt."""
+    """The prompts' key-value cache while rows continue them: a grid of P x W cells, up to W rows per prompt."""
 
     def __init__(self, cache, visible, owners):
-        self.cache, self.visible = cache, visible  # (P, L) False = padding
+        self.cache, self.visible = cache, visible  # visible (P, L): False = padding
         self.assign(owners)
 
     def assign(self, owners):
-        """owners (N,): the prompt of each row, ascending. Prompts of which no row is left leave."""
+        """Give each row its prompt: owners (N,), ascending. Prompts without a row are dropped."""
         used, self.owners, counts = owners.unique_consecutive(return_inverse=True, return_counts=True)
         if len(used) < len(self.visible):
             self.cache.reorder_cache(used)
             self.visible = self.visible[used]
         self.grid, number = (len(used), int(counts.max())), torch.arange(len(owners), device=owners.device)
-        self.places = self.owners * self.grid[1] + number - (counts.cumsum(0) - counts)[self.owners]
+        self.cells = self.owners * self.grid[1] + number - (counts.cumsum(0) - counts)[self.owners]
 
     def attend(self, module, query, key, value, scaling):
-        """One softmax over a row's prompt and its completion so far. query (N, H, 1, D); key, value (N, K, t, D)"""
-        def to_grid(x):  # (N, K, H / K, X) -> (P, K, W * H / K, X): the keys of a prompt meet all their queries at once
-            places = x.new_zeros(self.grid[0] * self.grid[1], *x.shape[1:]).index_copy_(0, self.places, x)
-            return places.unflatten(0, self.grid).transpose(1, 2).flatten(2, 3)
+        """One softmax over a row's prompt and its own tokens so far. query (N, H, 1, D); key, value (N, K, t, D)"""
+        def to_grid(x):  # (N, K, H / K, X) -> (P, K, W * H / K, X): a prompt's keys meet all their queries at once
+            cells = x.new_zeros(self.grid[0] * self.grid[1], *x.shape[1:]).index_copy_(0, self.cells, x)
+            return cells.unflatten(0, self.grid).transpose(1, 2).flatten(2, 3)
 
-        def to_rows(x):  # and back
-            return x.unflatten(2, (self.grid[1], -1)).transpose(1, 2).flatten(0, 1)[self.places]
+        def to_rows(x):  # the inverse of to_grid
+            return x.unflatten(2, (self.grid[1], -1)).transpose(1, 2).flatten(0, 1)[self.cells]
 
         prompt, L = self.cache.layers[module.layer_idx], self.visible.shape[1]
         query = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * scaling
@@ -47,8 +51,8 @@ class SharedPrompts:
 
 def shared_attention(module, query, key, value, attention_mask, scaling=None, prompts=None, **kwargs):
     """
-    While sampling, `prompts` holds their part of the cache. In packed rows, `[prompt | c_1 | ... | c_G]`, the mask
-    is for the last tokens only: all before are prompt in every row, and causal attention is faster without a mask.
+    While sampling, `prompts` holds the prompts' part of the cache. In packed rows the mask covers the last tokens only:
+    all tokens before are prompt in every row, and causal attention is faster without a mask.
     """
     if prompts is not None:
         return prompts.attend(module, query, key, value, scaling), None
@@ -60,3 +64,65 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, pr
 
 AttentionInterface.register("shared", shared_attention)
 AttentionMaskInterface.register("shared", sdpa_mask)
+
+
+class Decoder:
+    """
+    Next-token logits for N rows. Each distinct prompt is read once; with `shares_prompts` rows keep attending to that
+    one cache, else it is copied for each row. Padding stands after the prompts' common beginning of c tokens, so all
+    rows write to the same column. Two prompts with c = 2; `gap` is the padding of each, from column c on:
+        ids  1 2 3 4 5 6    positions  0 1 2 3 4 5    gap  0
+             1 2 0 0 7 8               0 1 - - 2 3         2
+    """
+
+    def __init__(self, model, rows: list[tuple[int, ...]], max_new_tokens: int, shares_prompts: bool):
+        self.model, self.shares_prompts, device = model, shares_prompts, model.device
+        prompts = list(dict.fromkeys(rows))  # the longest first
+        self.width = L = len(prompts[0])
+        c = min(len(commonprefix(prompts)), len(prompts[-1]) - 1) if shares_prompts and len(prompts) > 1 else 0
+        self.num_common = c if c >= MIN_PREFIX else 0
+        c = self.num_common
+        self.ids = torch.tensor([[*p[:c], *[0] * (L - len(p)), *p[c:]] for p in prompts], device=device)
+        columns = torch.arange(L + max_new_tokens, device=device)
+        gap = torch.tensor([[L - len(p)] for p in prompts], device=device) * (columns >= c)
+        self.positions, self.visible = (columns - gap).clamp(min=0), (columns < c) | (columns >= c + gap)
+        number = {p: i for i, p in enumerate(prompts)}
+        self.owners = torch.tensor([number[p] for p in rows], device=device)
+        self.cache, self.shared = DynamicCache(config=model.config), {}
+
+    def read_prompts(self):
+        """The logits after each row's prompt, (N, V)."""
+        c, L = self.num_common, self.width
+        if c:
+            self.model.base_model(input_ids=self.ids[:1, :c], past_key_values=self.cache, use_cache=True)
+            self.cache.reorder_cache(torch.zeros_like(self.ids[:, 0]))
+        logits = self._forward(self.ids[:, c:], self.positions[:, c:L], self.visible[:, :L])
+        if self.shares_prompts:
+            self.shared["prompts"] = SharedPrompts(self.cache, self.visible[:, :L], self.owners)
+            self.cache = DynamicCache(config=self.model.config)
+        else:
+            self.cache.reorder_cache(self.owners)
+            self.visible = self.visible[self.owners]
+        self.positions = self.positions[self.owners]
+        return logits[self.owners]
+
+    def read_tokens(self, tokens):
+        """Append one token to each row, (N,); return the logits after it, (N, V)."""
+        column = self.width
+        self.width += 1
+        visible = (self.shared["prompts"].visible[:, None, None] if self.shares_prompts
+                   else self.visible[:, :self.width])
+        return self._forward(tokens[:, None], self.positions[:, column:self.width], visible)
+
+    def keep(self, rows):
+        """Continue with these rows only: indices, ascending."""
+        self.cache.reorder_cache(rows)
+        self.positions = self.positions[rows]
+        if self.shares_prompts:
+            self.shared["prompts"].assign(self.shared["prompts"].owners[rows])
+        else:
+            self.visible = self.visible[rows]
+
+    def _forward(self, ids, positions, attention):
+        return self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache,
+                          use_cache=True, logits_to_keep=1, **self.shared).logits[:, -1]

@@ -1,0 +1,210 @@
+"""
+The training loop that grpo.py, ppo.py and sft.py share: resume, learning rates, logging, checkpoints, Ctrl-C, and the
+held-out evaluation before and after. An algorithm iterates over `Loop.steps` and calls `Loop.log` once in each step.
+"""
+import math
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from tqdm import tqdm
+
+from data import UsageError
+from support import distributed
+from support.run import Run, disk_errors, folder_lock
+
+PATIENCE = 5  # steps in a row that may refuse an update because a number was not finite
+
+
+class Task(Protocol):
+    """What an algorithm trains on: prompts, completions and rewards, whatever they are about. Same on all processes."""
+    state: dict  # plain Python values that a resumed run needs, saved in the checkpoint
+
+    def batch(self, step: int) -> list:
+        """The episodes of a step, each with a `prompt` of token ids."""
+
+    def rewards(self, episodes: list, groups: list[list]) -> tuple[torch.Tensor, dict, list[dict]]:
+        """Rewards (P, G) of the completions, the task's metrics, and some rollouts in readable form."""
+
+    def evaluate(self, when: str, step: int) -> list[dict]:
+        """Held-out results; `when` is "untrained" or "trained"."""
+
+
+def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
+    """A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step."""
+    loop = Loop(policy, task, run, adapter, config)
+    try:
+        train(policy, task, loop, adapter, config)
+    except torch.OutOfMemoryError:
+        loop.save_unfinished_step()
+        raise
+    if not distributed.rank0_result(run.is_complete, config.steps):
+        if distributed.is_rank0():
+            with disk_errors(run.folder):
+                policy.save_adapter(adapter, run.folder / "adapter")
+        run.report(task.evaluate("trained", config.steps))
+
+
+def run_training(algorithm, policy, task: Task, args) -> None:
+    """`fit` in the folder args.out, locked against other processes, with the settings of the command line."""
+    config = algorithm.Config(**{field.name: getattr(args, field.name) for field in fields(algorithm.Config)})
+    with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
+        run = Run(args.out, vars(args), args.resume, args.overwrite)
+        print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
+        fit(algorithm.train, policy, task, run, args.agent, config)
+    print(f"adapter, metrics and samples are in {run.folder}")
+
+
+class Loop:
+    def __init__(self, policy, task: Task, run: Run, adapter: str, config):
+        self.policy, self.task, self.run, self.adapter, self.config = policy, task, run, adapter, config
+        self.optimizer, self.parameters = None, []
+        self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
+        self.refused = []  # tensors for which the last steps refused updates
+
+    def steps(self, optimizer, first_results=()):
+        """
+        Yield the step numbers that are left, after seeding the generators and setting the learning rates. `optimizer`
+        holds everything that is trained. `first_results` are reported before the evaluation of the untrained agent.
+        """
+        self.optimizer, config = optimizer, self.config
+        self.parameters = [x for group in optimizer.param_groups for x in group["params"]]
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        distributed.broadcast_parameters(self.parameters)
+        done = self.restore()
+        if done is None:
+            done = 0
+            self.run.report([*first_results, *self.task.evaluate("untrained", 0)])
+        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=self.adapter,
+                        disable=None)
+        with self.run.finish_step_on_interrupt():
+            for step in progress:
+                distributed.seed_step(config.seed, step)
+                self.step, self.start, self.updates_before = step, time.time(), self.num_updates()
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * lr_multiplier(step, config)
+                yield step
+                self.finish_step()
+
+    def log(self, step: int, metrics: dict, samples: list[dict]) -> None:
+        """Write one line to metrics.jsonl and some rollouts to samples.jsonl; print the line."""
+        self.refused = [*self.refused, metrics["not_finite_in"]] if metrics.get("skipped") else []
+        metrics = {"step": step, **metrics, "lr": self.optimizer.param_groups[0]["lr"],
+                   "seconds": time.time() - self.start}
+        self.run.log(metrics)
+        self.run.samples([{"step": step, **sample} for sample in samples])
+        tqdm.write(self.run.line(step, metrics))
+
+    def finish_step(self) -> None:
+        """Write a checkpoint if one is due, and stop after Ctrl-C or too many refused updates."""
+        stop = None
+        if any(distributed.all_gather([self.run.is_interrupted])):
+            stop = KeyboardInterrupt()
+        elif len(self.refused) == PATIENCE:
+            stop = UsageError(f"{PATIENCE} steps in a row refused an update because of numbers that are not finite, "
+                              f"first in {self.refused[0]}: lower --lr or give --dtype float32, and continue with "
+                              "--resume")
+        if stop or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+            self.save(self.step)
+        if stop:
+            distributed.barrier()  # the first process that ends would end the others, before rank 0 has written
+            raise stop
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, step: int) -> None:
+        self.run.save(step, {"parameters": [x.detach() for x in self.parameters],
+                             "optimizer": self.optimizer.state_dict(), "task": self.task.state})
+
+    def save_unfinished_step(self) -> None:
+        """Save the state before the step in progress, unless an update of this step has changed it already."""
+        if self.step and self.num_updates() == self.updates_before:
+            self.save(self.step - 1)
+
+    def restore(self) -> int | None:
+        """Load the newest checkpoint and return its step; None if there is none."""
+        found = distributed.rank0_result(self.run.load)
+        if found is None:
+            return None
+        step, state = found
+        if [x.shape for x in state["parameters"]] != [x.shape for x in self.parameters]:
+            raise UsageError(f"the checkpoint in {self.run.folder} holds tensors of other shapes: resume with the "
+                             "model and the rank of the run's config.json")
+        for x, saved in zip(self.parameters, state["parameters"], strict=True):
+            x.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.task.state = state["task"]
+        return step
+
+    def num_updates(self) -> int:
+        return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
+
+
+# ------------------------------------------------------------------------------------------------ of one step
+
+class Update(NamedTuple):
+    """The result of `optimizer_step`."""
+    norm: float  # of the gradient before clipping
+    not_finite_in: str = ""  # the tensor for which the update was refused
+
+
+def optimizer_step(optimizer, grad_clip: float, inputs=None) -> Update:
+    """
+    Sum the gradients over all processes, clip each parameter group to this norm (0: no limit), and step. The update is
+    refused if a gradient, or a tensor of the dataclass `inputs`, is not finite. The norm is the first group's.
+    """
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    distributed.all_reduce_gradients(parameters)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)} if inputs is not None else {}
+    tensors |= {f"the gradient of {name}": x.grad for name, x in zip(names, parameters, strict=True)}
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and not x.isfinite().all():
+            return Update(0.0, name)
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], grad_clip or math.inf) for group in optimizer.param_groups]
+    optimizer.step()
+    return Update(norms[0].item())
+
+
+def update_metrics(updates: list[Update]) -> dict:
+    """The mean gradient norm, and how many updates were refused."""
+    norms = [update.norm for update in updates if not update.not_finite_in]
+    refused = [update.not_finite_in for update in updates if update.not_finite_in]
+    return {"grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(refused)} | (
+        {"not_finite_in": refused[0]} if refused else {})
+
+
+def mean_per_token(sums: dict[str, float]) -> dict[str, float | None]:
+    """Divide sums over tokens by their count, `sums["tokens"]`, over all processes; None if there were none."""
+    sums = distributed.all_reduce_sum({"tokens": 0.0, **sums})
+    count = sums.pop("tokens")
+    return {name: value / count if count else None for name, value in sums.items()}
+
+
+def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, float]:
+    """Metrics of rewards (P, G) and completions that need no model. Entropy is E[-log pi] over all sampled tokens."""
+    flat = [completion for group in groups for completion in group]
+    num_tokens = sum(len(completion.ids) for completion in flat)
+    deviations = rewards.std(dim=1, correction=min(1, rewards.shape[1] - 1))  # 0 in groups of one
+    return {"reward": rewards.mean().item(), "reward_std": deviations.mean().item(),
+            "zero_std_rate": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+            "entropy": -sum(sum(completion.logps) for completion in flat) / num_tokens,
+            "completion_tokens": num_tokens / len(flat),
+            "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat)}
+
+
+def lr_multiplier(step: int, config) -> float:
+    """The learning rate of steps 1, 2, ... as a fraction of its peak: warmup, then linear decay or constant."""
+    decay = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
+    return min(1.0, step / max(1, config.warmup), decay)
+
+
+def epoch_indices(step: int, count: int, batch_size: int, seed: int) -> list[int]:
+    """Which of `count` items belong to a step: all appear once, in random order, before any appears again."""
+    places = range((step - 1) * batch_size, step * batch_size)
+    orders = {n: random.Random(f"{seed} {n}").sample(range(count), count) for n in {i // count for i in places}}
+    return [orders[i // count][i % count] for i in places]

@@ -1,0 +1,120 @@
+"""
+Prompts and completions as rows of one forward pass, and how many of them fit into memory.
+
+A group shares its prompt in one row, `[prompt | c_1 | ... | c_G | padding]`. This is exact: tokens after the prompt do
+not change the prompt's states; a mask lets c_g attend to the prompt and to itself, not to its siblings; and positions
+restart at the prompt's length for each completion.
+
+Shapes: P prompts, G completions each, N = P*G completions in prompt-major order, C tokens in the longest one, T
+completion tokens in all (without padding), R packed rows of L tokens.
+"""
+from typing import NamedTuple
+
+import torch
+
+
+class PackedBatch(NamedTuple):
+    """Rows for one forward pass, and the places in them that predict each completion token."""
+    ids: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (R, L)
+    attention: torch.Tensor  # (R, 1, S, L): what the last S tokens may attend to; or (R, L), True = no padding
+    predictors: torch.Tensor  # (T,) index into the flattened (R*L) states
+    targets: torch.Tensor  # (T,) the completion tokens, row by row
+    mask: torch.Tensor  # (N, C) True where there is a completion token
+
+
+def pad_right(rows, fill=0, dtype=None):
+    """Stack lists of different lengths: [[7, 8], [9]] -> [[7, 8], [9, fill]]"""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], dtype=dtype)
+
+
+def scatter_to_mask(values, mask):
+    """Put T values where the mask is True: [1., 2., 3.] and [[1, 1], [1, 0]] -> [[1., 2.], [3., 0.]]"""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def pack_groups(prompts, completions, device="cpu"):
+    """
+    Pack each group into one row. Prompt [5, 6] and completions [[7, 8], [9]] become
+        ids       5 6 7 8 9    predictors 1 2 1    7 and 9 are both predicted by the prompt's last token, 8 by 7
+        positions 0 1 2 3 2    targets    7 8 9
+        segments  0 0 1 1 2    mask       [[1, 1], [1, 0]]
+    """
+    ids, positions, segments = [], [], []
+    for prompt, group in zip(prompts, completions, strict=True):
+        parts = [prompt, *group]
+        ids.append([token for part in parts for token in part])
+        positions.append([*range(len(prompt)), *(len(prompt) + i for c in group for i in range(len(c)))])
+        segments.append([g for g, part in enumerate(parts) for _ in part])
+    ids, positions, segments = pad_right(ids), pad_right(positions), pad_right(segments, fill=-1)
+    R, L = ids.shape
+    prompt_lengths = (segments == 0).sum(1, keepdim=True)  # (R, 1)
+    assert prompt_lengths.all(), "an empty prompt: nothing predicts the first token"
+    is_sampled = segments > 0
+    # The predictor is the token before; for the first token of a completion it is the prompt's last token.
+    before = torch.where(positions == prompt_lengths, prompt_lengths, torch.arange(L)) - 1
+    predictors = (before + L * torch.arange(R)[:, None])[is_sampled]
+    mask = pad_right([[True] * len(c) for group in completions for c in group], False, torch.bool)
+    # All rows start with n prompt tokens, whose attention is causal: they need no mask (see `shared_attention`).
+    n = int(prompt_lengths.min())
+    queries, keys = segments.to(device)[:, n:, None], segments.to(device)[:, None, :]
+    # Padding attends to the prompt too, because a row without any visible token can give NaN.
+    causal = torch.ones(L - n, L, dtype=torch.bool, device=device).tril(n)
+    attention = ((queries == keys) | (keys == 0)) & causal
+    return PackedBatch(*(x.to(device) for x in (
+        ids, positions, attention[:, None], predictors, ids[is_sampled], mask)))
+
+
+def pad_groups(prompts, completions, device="cpu"):
+    """One row `[prompt | completion | padding]` for each completion: correct for every model, but slower."""
+    pairs = [(prompt, c) for prompt, group in zip(prompts, completions, strict=True) for c in group]
+    batch = pack_groups([prompt for prompt, _ in pairs], [[c] for _, c in pairs], device)
+    real = pad_right([[True] * (len(prompt) + len(c)) for prompt, c in pairs], False, torch.bool)
+    return batch._replace(attention=real.to(device))
+
+
+def batches_within(sizes: list[int], max_tokens: int) -> list[list[int]]:
+    """
+    Split rows of these sizes into batches of at most max_tokens, padding included; a larger row gets its own batch.
+    Rows of similar size share a batch: [2, 9, 3], 10 -> [[1], [2, 0]]
+    """
+    batches = []
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * sizes[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+def max_train_tokens(policy) -> int:
+    """Tokens of one forward and backward pass that should fit into a GPU's free memory (a cautious estimate)."""
+    if policy.device.type != "cuda":
+        return 2**12
+    # For each token, backward needs the input of every linear layer and about three times its output.
+    size = sum(layer.base.in_features + 3 * layer.base.out_features for layer in policy.layers.values())
+    itemsize, depth = policy.head.weight.itemsize, policy.model.config.get_text_config().num_hidden_layers
+    size *= itemsize
+    if policy.checkpointed:  # one layer at a time, with its gradient, and the input of every layer
+        size = 2 * size / depth + itemsize * policy.head.in_features * depth
+    return int(0.7 * free_memory(policy.device) / size)
+
+
+def max_sampling_tokens(policy) -> int:
+    """Tokens of one sampling batch that should fit: keys and values, and the widest layer's activations."""
+    if policy.device.type != "cuda":
+        return 2**15
+    config = policy.model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    widest = max(layer.base.out_features for layer in policy.layers.values())
+    size = policy.head.weight.itemsize * (2 * config.num_hidden_layers * key_heads * head_dim + 3 * widest)
+    return min(2**16, int(0.7 * free_memory(policy.device) / size))
+
+
+def free_memory(device) -> int:
+    """Bytes of a GPU that are free, including what torch has reserved but does not use."""
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device))

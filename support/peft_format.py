@@ -1,0 +1,63 @@
+"""
+LoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors, with the keys
+`base_model.model.<path of the linear layer>.lora_A.weight`. PEFT, transformers and vLLM load them.
+"""
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from data import UsageError
+
+PEFT_KEY = "base_model.model.{}.lora_{}.weight"
+
+
+def write_adapter(folder, base_model: str, matrices: dict, shape: dict) -> None:
+    """Write {path: (A, B)} and r, lora_alpha, use_rslora. A kill never leaves a partly written file."""
+    folder = Path(folder)
+    weights = {PEFT_KEY.format(path, part): x.detach().cpu() for path, pair in matrices.items()
+               for part, x in zip("AB", pair, strict=True)}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, **shape,
+              "target_modules": sorted({path.split(".")[-1] for path in matrices}),
+              "lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+    (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / f"{file}.tmp").replace(folder / file)
+
+
+def read_adapter(folder):
+    """Return (config, weights, alpha / r) from an adapter's or a run's folder. UsageError if it is not plain LoRA."""
+    folder = Path(folder, "adapter") if Path(folder, "adapter").is_dir() else Path(folder)
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        weights = load_file(Path(folder, "adapter_model.safetensors"))
+        plain = dict(peft_type="LORA", bias="none", use_dora=None, rank_pattern=None, alpha_pattern=None)
+        unsupported = [f"{key} {config.get(key)}" for key in plain if (config.get(key) or None) != plain[key]]
+        scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"adapter {folder}: cannot be read ({reason}); give a folder that PEFT saved") from None
+    if unsupported:
+        raise UsageError(f"adapter {folder}: {unsupported[0]} is not supported; train plain LoRA without bias")
+    return config, weights, scale
+
+
+def match_layers(folder, model_name: str, config: dict, weights: dict, layers: dict) -> dict:
+    """{path: (A, B)} for the policy's linear layers. UsageError if the adapter belongs to another model."""
+    rank, trained_on, matrices = config["r"], config.get("base_model_name_or_path"), {}
+    mismatch = f"adapter {folder} is not for model {model_name} (load the model it was trained on):"
+    if len({Path(x).resolve().name.lower() for x in (trained_on, model_name) if x}) > 1:
+        raise UsageError(f"{mismatch} it names {trained_on}; if the model was only renamed, edit adapter_config.json")
+    for path, layer in layers.items():
+        pair = [weights.pop(key) for key in (PEFT_KEY.format(path, part) for part in "AB") if key in weights]
+        expected = [(rank, layer.base.in_features), (layer.base.out_features, rank)]
+        shapes = [tuple(x.shape) for x in pair]
+        if shapes not in ([], expected):
+            raise UsageError(f"{mismatch} A, B of {path} are {shapes}, but with rank {rank} must be {expected}")
+        if pair:
+            matrices[path] = pair
+    if weights or not matrices:
+        raise UsageError(f"{mismatch} it has no linear layer for {min(weights, default='any of its tensors')}")
+    return matrices
