@@ -11,7 +11,6 @@ import argparse
 import difflib
 import math
 import os
-import random
 import re
 import shlex
 import sys
@@ -20,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import torch
+import transformers
 
-from data import TINY, UsageError
+from data import TINY, UsageError, is_tiny
 
 BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
 
@@ -31,7 +30,7 @@ BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
 def flag(default, help: str, **options):
     """
     A dataclass field for `add_flags`. `options`: bounds of a number (least=1, most=1, above=0) and whatever argparse
-    takes. A help text that ends with ")" names its default itself; otherwise `add_flags` appends it.
+    takes. `add_flags` appends the default to a help text that does not end with one, in brackets.
     """
     return field(default=default, metadata={"help": help, **options})
 
@@ -88,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=partial(Help, max_help_position=30), **options)
-        self.elsewhere: dict[str, list[str]] = {}  # {flag that is missing here: algorithms that have it}
+        self.by_algorithm: dict[str, Parser] = {}  # the parsers of all --algo, to say which one has a flag
 
     def parse_args(self, args=None, namespace=None):
         """Parse, and refuse numbers that are not finite or exceed the bounds of their flag."""
@@ -107,8 +106,9 @@ class Parser(argparse.ArgumentParser):
         wrong = re.findall(r"--[\w-]+", message.partition("arguments: ")[2]) or re.findall(r"choice: '(.*?)'", message)
         near = [word for one in wrong for word in difflib.get_close_matches(one, known, n=1)]
         hint = f"did you mean {' and '.join(near)}? " if near else ""
-        for name in {*wrong} & {*self.elsewhere}:
-            hint = f"{name} needs --algo {' or '.join(self.elsewhere[name])}; "
+        for word in wrong:
+            owners = [algo for algo, parser in self.by_algorithm.items() if word in parser._option_string_actions]
+            hint = f"{word} needs --algo {' or '.join(owners)}; " if owners else hint
         self.exit(2, f"{self.prog}: error: {message}; {hint}python {self.prog} --help lists all\n")
 
 
@@ -118,32 +118,37 @@ def add_flags(parser: argparse.ArgumentParser, dataclass_type: type, title: str 
     for one in fields(dataclass_type):
         default, options = (presets or {}).get(one.name, one.default), dict(one.metadata)
         bounds = {kind: options.pop(kind) for kind in BOUNDS if kind in options}
-        if "action" not in options and not options["help"].endswith(")"):
-            options["help"] += f" ({({True: 'yes', False: 'no'}[default] if isinstance(default, bool) else default)})"
-        kind = (get_args(one.type) or [one.type])[0]  # int | None -> int
-        options = ({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}) | options
+        shown = {"True": "yes", "False": "no"}.get(str(default), default)
+        if default is not None and "action" not in options and not options["help"].endswith(")"):
+            options["help"] += f" ({shown})"
+        type_ = (get_args(one.type) or [one.type])[0]  # int | None -> int
+        options = ({"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}) | options
         action = group.add_argument(f"--{one.name.replace('_', '-')}", **options)
         action.default, action.bounds = default, bounds
 
 
-def parse_by_algorithm(parser: Parser, argv, groups: dict[str, dict[str, type]], presets) -> argparse.Namespace:
+def parse_training_flags(agent: str, description: str, groups: dict, presets: dict, argv=None) -> argparse.Namespace:
     """
-    Parse the flags of a training script. --algo, --model and --data come first, since they decide which other flags
-    exist, groups[algo] = {title: dataclass}, and their defaults, presets(these flags) = {name: default}.
+    Parse the flags of a training script: RunFlags, ModelFlags and groups[algo] = {title: dataclass}. --algo, --data and
+    --model are parsed first, since defaults depend on them. `presets`: {name: default, or {algo: default}} of the
+    "agent", of real "data", and of every "model" but the tiny one.
     """
-    first = Parser(prog=parser.prog, add_help=False)
+    first = Parser(add_help=False)
     add_flags(first, RunFlags)
     chosen, _ = first.parse_known_args(argv)
     if chosen.algo not in groups:
         raise UsageError(f"--algo {chosen.algo} clones a Manager, as in the paper: give it to train_manager.py")
-    for title, dataclass_type in groups[chosen.algo].items():
-        add_flags(parser, dataclass_type, title, presets(chosen))
-    for algo, dataclass_types in groups.items():
-        for one in (one for dataclass_type in dataclass_types.values() for one in fields(dataclass_type)):
-            name = f"--{one.name.replace('_', '-')}"
-            if name not in parser._option_string_actions:
-                parser.elsewhere.setdefault(name, []).append(algo)
-    return parser.parse_args(argv)
+    defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}),
+                **(presets["data"] if chosen.data != "synthetic" else {}),
+                **(presets["model"] if not is_tiny(chosen.model) else {})}
+    defaults = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in defaults.items()}
+    description += f" The flags of --algo {chosen.algo}; their defaults are those for the given --data and --model."
+    parsers = {algo: Parser(description=description, usage="python %(prog)s [flags]") for algo in groups}
+    for algo, parser in parsers.items():
+        for title, dataclass_type in {"run": RunFlags, **groups[algo], "model and memory": ModelFlags}.items():
+            add_flags(parser, dataclass_type, title, defaults)
+    parsers[chosen.algo].by_algorithm = parsers
+    return parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
 
 
 def from_args(dataclass_type: type, args: argparse.Namespace):
@@ -155,9 +160,7 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch, CUDA's included."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    transformers.set_seed(seed)
 
 
 def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
