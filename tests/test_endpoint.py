@@ -337,8 +337,9 @@ def test_a_redirect_to_another_server_gets_no_key(serve, status):
     assert len(other.requests) == 1 and KEY not in str(other.requests)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "http://", "http://a b", "", "http://a:port/v1",
-                                 "http://ann:p/ss@host/v1", "http://ann:pass@host/v1", "http://host/v1?key=v3cret"])
+@pytest.mark.parametrize("url", [
+    "file:///etc/passwd", "localhost:8000", "http://", "http://a b", "", "http://a:port/v1",
+    "http://ann:p/ss@host/v1", "http://ann:pass@host/v1", "http://host/v1?key=v3cret"])
 def test_a_malformed_address_is_not_shown(url):
     with pytest.raises(UsageError, match="^check JUDGE_URL, .* must look like http://localhost:8000/v1") as caught:
         Endpoint(url, "judge-1")

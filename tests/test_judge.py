@@ -7,7 +7,7 @@ from conftest import completion_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answer import METRICS, composite, exact_match, f1
+from answer import REWARDS, composite, exact_match, f1
 from data import UsageError
 from policy import Policy
 from support.endpoint import CachedEndpoint
@@ -88,7 +88,7 @@ def test_an_empty_prediction_is_wrong_unasked(serve, cache):
     server = serve()
     judge = judge_of(server, cache)
     empty = [("Q?", text, gold) for text in ("", " \n") for gold in ("Kia", "")]
-    for score in (judge, *(make_scorer(reward, METRICS) for reward in METRICS)):
+    for score in (judge, *(make_scorer(reward, REWARDS) for reward in REWARDS)):
         assert score(empty) == [0.0] * 4
     assert server.requests == [] and judge.unreadable == 0 and judge.reasons == [""] * 4
     assert judge([empty[0], RIGHT, empty[1]]) == [0, 1, 0] and len(server.requests) == 1
@@ -158,7 +158,7 @@ def test_a_hosted_judge_from_the_environment(serve, cache, monkeypatch):
     monkeypatch.setenv("JUDGE_MODEL", "small")
     assert make_judge("endpoint", cache=cache, max_new_tokens=50)([RIGHT, FALSE]) == [1, 0]
     assert {(request["model"], request["max_tokens"]) for request in server.requests} == {("small", 50)}
-    assert make_scorer("judge", METRICS, cache=cache, max_new_tokens=50)([FALSE]) == [0] and len(server.requests) == 2
+    assert make_scorer("judge", REWARDS, cache=cache, max_new_tokens=50)([FALSE]) == [0] and len(server.requests) == 2
 
 
 # --- rewards ---
@@ -181,12 +181,12 @@ def test_composite_stays_in_its_range(one, other):
 
 def test_scorers(fake):
     triples = [RIGHT, FALSE, ("Which car?", "red Kia", "Kia")]
-    assert make_scorer("em", METRICS)(triples) == [1, 0, 0]
-    assert make_scorer("f1", METRICS)(triples) == pytest.approx([2 / 3, 0, 2 / 3])
-    assert make_scorer("composite", METRICS)(triples) == pytest.approx([5 / 3, 0, 2 / 3 - 1 / 4])
+    assert make_scorer("em", REWARDS)(triples) == [1, 0, 0]
+    assert make_scorer("f1", REWARDS)(triples) == pytest.approx([2 / 3, 0, 2 / 3])
+    assert make_scorer("composite", REWARDS)(triples) == pytest.approx([5 / 3, 0, 2 / 3 - 1 / 4])
     policy = fake(by_gold)
     policy.name = "local"
-    assert make_scorer("judge", METRICS, "base", policy)(triples) == [1, 0, 1]
+    assert make_scorer("judge", REWARDS, "base", policy)(triples) == [1, 0, 1]
 
 
 def test_the_messages_of_a_judge():
