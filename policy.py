@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data import TINY, UsageError
 from support import packing
@@ -93,19 +92,38 @@ def sample_token(logits, temperature):
     return token.squeeze(1), logp.gather(1, token).squeeze(1)
 
 
+class TokenScores(torch.autograd.Function):
+    """
+    log pi(y) and the entropy of pi = softmax(W h / temperature). h (t, H), y (t,) -> (t,), (t,)
+    W (V, H) is frozen, so the only gradient is that of h. It is known in the forward pass, while pi is at hand:
+        d log pi(y) / d h = (W_y - sum_v pi(v) W_v) / temperature
+    Autograd would keep the (t, V) probabilities until the backward pass instead.
+    """
+    @staticmethod
+    def forward(ctx, h, y, head, temperature):
+        logpi = head(h).float().div_(temperature).log_softmax(-1)  # (t, V)
+        logp, pi = logpi.gather(1, y[:, None]).squeeze(1), logpi.exp()
+        entropy = -logpi.mul_(pi).sum(-1)
+        if ctx.needs_input_grad[0]:
+            difference = pi.neg_().scatter_add_(1, y[:, None], torch.ones_like(pi[:, :1]))  # [v = y] - pi(v)
+            ctx.save_for_backward(difference.to(h.dtype) @ head.weight / temperature)  # (t, H)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, _):
+        slope, = ctx.saved_tensors
+        return grad_logp[:, None].to(slope.dtype) * slope, None, None, None
+
+
 def token_scores(hidden, head, targets, temperature, chunk=None):
     """
-    log pi(target) and the entropy of pi = softmax(head(hidden) / temperature). (T, H), (T,) -> (T,), (T,)
-    T x V logits do not fit for V = 150,000, so only `chunk` of them exist at a time; backward computes them again.
+    log pi(target) and the entropy of pi for all tokens. (T, H), (T,) -> (T,), (T,)
+    T x V logits do not fit for V = 150,000, so only `chunk` of them exist at a time.
     """
-    def scores(h, y):  # (t, H), (t,)
-        logpi = (head(h).float() / temperature).log_softmax(-1)  # (t, V)
-        entropy = -(logpi.detach().exp() * logpi.detach()).sum(-1)
-        return logpi.gather(1, y[:, None]).squeeze(1), entropy
-
     chunk = chunk or 2 ** (25 if hidden.is_cuda else 22)  # large enough for a GPU, small enough for a CPU's cache
     size = max(1, chunk // head.out_features)
-    parts = [checkpoint(scores, h, y, use_reentrant=False, preserve_rng_state=False)
+    parts = [TokenScores.apply(h, y, head, temperature)
              for h, y in zip(hidden.split(size), targets.split(size), strict=True)]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
