@@ -3,10 +3,12 @@ import random
 from types import SimpleNamespace
 
 import torch
+import transformers
 from tiny_models import wake_adapter
 
 from policy import Policy
-from support.run import read_rows
+from support.loop import fit
+from support.run import Run, read_rows
 
 
 def letter_policy(folder, std=0.2):
@@ -54,6 +56,20 @@ class Letters:
     def evaluate(self, when, step):
         self.call("evaluate", step)
         return [{"step": step, "eval": when, "n": 1, "em": 0.0, "drawn": torch.rand(1).item()}]
+
+
+def run_letters(policy, folder, algorithm, events=None, resume=False, **settings):
+    """A whole run on the toy, as a script does it; returns its task. A UsageError or a kill passes through."""
+    config = algorithm.Config(**dict(steps=6, lr=1e-2, warmup=2, group_size=4, max_new_tokens=6, minibatch=2,
+                                     checkpoint_every=1) | settings)
+    transformers.set_seed(5)
+    task = Letters(policy, events)
+    fit(algorithm.train, policy, task, Run(folder, vars(config), resume=resume), "agent", config)
+    return task
+
+
+def stop(_):
+    raise KeyboardInterrupt
 
 
 def rows_of(folder):
