@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from tiny_models import save_models, wake_adapter
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from toys import letter_policy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from policy import Completion, Policy
@@ -20,7 +22,7 @@ TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<
 
 
 class Fake:
-    """A policy whose completions are rule(messages), its tokens words. It remembers what it was asked, and as whom."""
+    """A policy whose completions are rule(messages) and whose tokens are words. It records its calls."""
 
     def __init__(self, rule=lambda messages: ""):
         self.rule, self.words, self.chats, self.role = rule, {}, {}, "nobody"
@@ -72,15 +74,29 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_folder):
-    """A fresh policy with one adapter, "agent", that already changes something."""
-    def load(b=0.2):
-        policy = Policy.load(tiny_folder, device="cpu")
-        torch.manual_seed(1)
-        policy.add_adapter("agent", rank=4, alpha=8)
-        for parameter in policy.parameters("agent")[1::2]:
-            torch.nn.init.normal_(parameter, std=b)
+    """tiny(b=0.2): a new policy with one adapter, "agent", whose B has this standard deviation."""
+    return lambda b=0.2: letter_policy(tiny_folder, b)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """A folder with a subfolder for each model family of tiny_models.CONFIGS."""
+    root = tmp_path_factory.mktemp("models")
+    save_models(root)
+    return root
+
+
+@pytest.fixture
+def load(model_folders):
+    """load(kind, adapters): a policy on a random model of this family, with adapters that change something."""
+    def load(kind="qwen2", adapters=("manager",), **options):
+        torch.set_num_threads(1)  # with models this small, threads only wait for each other
+        policy = Policy.load(model_folders / kind, device="cpu", **options)
+        for i, name in enumerate(adapters):
+            torch.manual_seed(100 + i)
+            policy.add_adapter(name, rank=4, alpha=8)
+            wake_adapter(policy, name)
         return policy
-    torch.set_num_threads(1)
     return load
 
 
