@@ -204,11 +204,10 @@ class ManagerTask:
         turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
         for memory in memories:
             bank.add(*memory)
-        facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # questions may ask for a fact it overlooked
+        facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may overlook all of them
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        questions = linked_questions(dialogue).get(turn.id, ())
-        return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped)
+        return Episode(prompt, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers, dropped)
 
     # -------------------------------------------------------------------------------------------- rewards
 
