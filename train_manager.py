@@ -97,7 +97,7 @@ class Episode:
     turn: Turn
     questions: tuple[Question, ...]  # linked to the turn, the same for all outputs of a group
     speakers: tuple[str, str]
-    dropped: int  # number of memories that the prompt dropped because of its length
+    dropped: int = 0  # memories that the prompt dropped because of its length
 
 
 @dataclass(frozen=True)
