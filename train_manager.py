@@ -19,6 +19,7 @@ Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GP
 `--bank` and `--teacher` choose.
 """
 import argparse
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ class Episode:
     turn: Turn
     questions: tuple[Question, ...]  # linked to the turn, the same for all outputs of a group
     speakers: tuple[str, str]
-    dropped: int  # number of memories that the prompt dropped because of its length
+    dropped: int = 0  # memories that the prompt dropped because of its length
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,9 @@ class ManagerTask:
 
     def make_pool(self, first: int) -> list[Episode]:
         """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
-        num_steps = max(1, min(self.args.refresh, self.args.steps - first + 1))
-        num_episodes = num_steps * self.args.batch_size
-        dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed * 100_000 + first,
-                                                count=-(-num_episodes // 4))  # about four turns of each
+        num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
+        count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns of a dialogue
+        dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
         turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
         rng, drawn = random.Random(f"{self.args.seed} {first}"), []
@@ -183,7 +183,7 @@ class ManagerTask:
                 for (dialogue, i), memories in zip(drawn, self.state["memories"], strict=True)]
 
     def banks_before(self, turns: Sequence[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
-        """The (text, speaker, time) of the memories before turn i of each dialogue, from the `--window` turns before."""
+        """The memories (text, speaker, time) before turn i of each dialogue, built from the `--window` turns before."""
         keys = [(dialogue.id, max(0, i - self.args.window)) for dialogue, i in turns]
         windows: dict[tuple[str, int], Dialogue] = {}  # {(dialogue id, first turn): the turns to read}
         for (dialogue, i), key in sorted(zip(turns, keys, strict=True), key=lambda pair: pair[0][1]):
@@ -312,8 +312,8 @@ class ManagerTask:
 
     def teacher_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
         """The edits of a hosted Manager for every turn, on the banks that it builds itself."""
-        dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed, count=-(
-            -self.args.steps * self.args.batch_size // 20))  # of 20 turns each
+        count = math.ceil(self.args.steps * self.args.batch_size / 20)  # synthetic dialogues of 20 turns
+        dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed, count=count)
         self.base.read_facts(dialogues)
         teacher = replace(self.base, policy=self.teacher, settings=replace(self.base.settings, max_prompt_tokens=None))
         builds = manager.build_banks(teacher, dialogues, self.embedder, progress=f"teacher: {self.teacher.name}")

@@ -29,8 +29,8 @@ BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
 
 def flag(default, help: str, **options):
     """
-    A dataclass field for `add_flags`. `options`: bounds of a number (least=1, most=1, above=0) and whatever argparse
-    takes. `add_flags` appends the default to a help text that does not end with one, in brackets.
+    A dataclass field for `add_flags`. `options`: bounds of a number (least=1, most=1, above=0) and options of argparse.
+    In --help the default follows in brackets, unless the text ends with brackets of its own.
     """
     return field(default=default, metadata={"help": help, **options})
 

@@ -125,7 +125,8 @@ def test_equal_edits_share_a_bank_and_its_answers(made, monkeypatch):
                                                             '[{"event": "ADD", "text": "x"}]')]
     rewards, metrics, samples = the_task.rewards(episodes[:2], [group, group])
     assert asked == [2 * sum(len(episode.questions) for episode in episodes[:2])]
-    assert torch.equal(rewards[:, 0], rewards[:, 2]) and metrics["ops"] == {"ADD": 2, "UPDATE": 0, "DELETE": 0, "NOOP": 4}
+    assert torch.equal(rewards[:, 0], rewards[:, 2])
+    assert metrics["ops"] == {"ADD": 2, "UPDATE": 0, "DELETE": 0, "NOOP": 4}
     sizes = [len(episode.bank) for episode in episodes[:2]]
     assert metrics["bank_size"] == pytest.approx(sum(sizes) / 2 + 1 / 3), "a mean over the valid outputs"
     assert [part["question"] for part in samples[1]["parts"]] == [one.text for one in episodes[1].questions]
@@ -180,8 +181,9 @@ def test_the_help_shows_the_flags_and_defaults_of_one_algorithm(capsys, monkeypa
     grpo, ppo, sft = texts.values()
     assert "--critic-lr" in ppo and "--critic-lr" not in grpo + sft and "--teacher" in sft and "--reward" not in sft
     assert "(runs/manager-grpo)" in grpo and "(0.003)" in grpo and "(0.0001)" in sft
-    assert re.search(r"--memories N .*\(4\)", grpo) and re.search(r"--memories N .*\(60\)", ppo)
-    assert re.search(r"--extract, --no-extract\s.*\(no\)", grpo) and re.search(r"--extract, --no-extract\s.*\(yes\)", ppo)
+    for text, memories, extract in ((grpo, "4", "no"), (ppo, "60", "yes"), (sft, "4", "no")):
+        assert re.search(rf"--memories N .*\({memories}\)", text)
+        assert re.search(rf"--extract, --no-extract\s.*\({extract}\)", text)
 
 
 # ------------------------------------------------------------------------------------------------ from the shell
