@@ -44,7 +44,7 @@ from support.toy import show_toy
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults train the Manager of the tiny model; train_manager.py and train_answer.py have presets for others."""
+    """The defaults train the tiny model's Manager; train_manager.py and train_answer.py have the presets for others."""
     steps: int = flag(90, "training steps; each samples one batch of rollouts", least=1)
     group_size: int = flag(4, "completions of each prompt, G; PPO treats them as independent", least=1)
     batch_size: int = flag(24, "prompts in a step, P", least=1)
@@ -148,8 +148,8 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     """
-    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, with the KL as its mean under
-    pi (http://joschu.net/blog/kl-approx.html). As a loss, its mean gradient is that of KL(pi_ref | pi).
+    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and its mean under pi is
+    the KL (http://joschu.net/blog/kl-approx.html). As a loss, its mean gradient is that of KL(pi_ref | pi).
     """
     gap = logp_ref - logp
     return gap.exp() - gap - 1
