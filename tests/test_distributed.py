@@ -14,7 +14,9 @@ from toys import encode_texts, files_of, letter_policy, run_letters
 import grpo
 import ppo
 import sft
-from policy import Completion
+import train_manager
+from data import TINY
+from policy import Completion, Policy
 from support.distributed import (
     all_gather,
     all_reduce_gradients,
@@ -47,6 +49,8 @@ CASES = {  # name: algorithm, rewards, settings
     "ppo, minibatches of one": (ppo, REWARDS, {"minibatch": 1}),
     "ppo, one gradient is not finite": (ppo, REWARDS, {"spoiled": True}),
 }
+MANAGER = ["--eval", "0", "--steps", "2", "--batch-size", "5", "--refresh", "1", "--bank", "base", "--window", "3",
+           "--max-new-tokens", "24"]
 
 
 # ------------------------------------------------------------------------------------------------ in each process
@@ -134,6 +138,20 @@ def sampled(folder, num_prompts=5):
     return [[[vars(one) for one in group] for group in groups] for groups in (greedy, random)], scores, num_computed
 
 
+def rewarded():
+    """A batch of the Manager's episodes on banks that the model builds, and the rewards of given outputs."""
+    args = train_manager.arguments(MANAGER)
+    policy = Policy.load(TINY, device="cpu")
+    policy.add_adapter("manager", 4, 8)
+    task = train_manager.ManagerTask(policy, args)
+    episodes = task.batch(1)
+    texts = ['[{"event": "NOOP"}]', "nonsense"]
+    groups = [[Completion([5], [0.0], True, text) for text in (json.dumps([{"event": "ADD", "text": one.turn.text}]),
+                                                               *texts)] for one in episodes]
+    rewards, extra, samples = task.rewards(episodes, groups)
+    return [[one.prompt for one in episodes], rewards.tolist(), extra, samples, task.state]
+
+
 def drawn():
     """Random numbers in steps 1, 1 and 2."""
     return [seed_step(3, number) or torch.rand(1).item() for number in (1, 1, 2)]
@@ -166,6 +184,7 @@ def main(folder):
     groups = [[Completion(**one) for one in group] for group in json.loads((folder / "groups").read_text())]
     found = {name: one_step(folder / "model", groups, *case) for name, case in CASES.items()}
     found["sft"] = sft_step(folder / "model", groups)
+    found["rewarded"] = rewarded()
     found["sampled"], found["drawn"], found["helpers"] = sampled(folder / "model"), drawn(), helpers()
     for algorithm in (grpo, ppo):
         whole, stopped = (folder / f"{name}-{algorithm.__name__}" for name in ("whole", "stopped"))
@@ -233,6 +252,14 @@ def test_sampling_and_scores_are_sharded_and_gathered(both):
     torch.testing.assert_close(first_scores, scores, atol=1e-5, rtol=0)
     assert first_scores.equal(second_scores)
     assert counts == [1] * 5 and first_counts == [1] * 2 and second_counts == [1] * 3
+
+
+def test_episodes_and_rewards_are_the_same_in_all_processes(both):
+    _, _, (first, second) = both
+    prompts, rewards, metrics, samples, _ = first["rewarded"]
+    assert first["rewarded"] == second["rewarded"] == rewarded()
+    assert metrics["bank_size"] > 0 and 0 < metrics["invalid_rate"] < 1 and len(samples) == 4
+    assert len({len(prompt) for prompt in prompts}) > 1 and [len(row) for row in rewards] == [3] * 5
 
 
 def test_the_helpers(both):
