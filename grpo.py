@@ -44,11 +44,11 @@ class Config:
     lr: float = flag(3e-3, "peak learning rate", least=0)
     warmup: int = flag(5, "steps over which the learning rate rises", least=0)
     schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
-    clip: float = flag(0.2, "the ratio is clipped to 1 +- CLIP", least=0)
+    clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
     loss_mean: str = flag("token", "mean over each completion, then over completions, or over all tokens",
                           choices=("completion", "token"))
-    temperature: float = flag(1.0, "sampling temperature in training; evaluation is greedy")
+    temperature: float = flag(1.0, "sampling temperature in training; evaluation is greedy", above=0)
     max_new_tokens: int = flag(80, "longest completion in tokens", least=1)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", least=0)
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; 0: as many as fit", least=0)

@@ -1,6 +1,6 @@
 """
-The Memory Manager of Memory-R1 (arXiv 2508.19828, Alg. 3): it reads what a turn says beside the related memories
-and edits the bank with ADD, UPDATE, DELETE or NOOP.
+The Memory Manager of Memory-R1 (arXiv 2508.19828, Alg. 3): it compares the facts of a turn with the related memories
+of the speaker, and edits the memory bank with ADD, UPDATE, DELETE or NOOP. A prompt and its completion:
 
     memories of Jon:
     1 (8 May 2023) Jon has a dog named Buddy.
@@ -9,42 +9,80 @@ and edits the bank with ADD, UPDATE, DELETE or NOOP.
     operations:
                      [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
 
-Departures from the paper:
-1. Only operations on the new facts are written; the paper's prompt re-lists every memory shown (long outputs).
-2. UPDATE and DELETE touch the one entry they name, by its number here or by its text; the pseudo-code of the
-   paper drops all that was retrieved, its prompt goes by id.
-3. Any output that cannot be carried out in full is NOOP, and counted as invalid.
+Differences from the paper:
+1. A completion contains operations for the new facts only. The paper's prompt asks for a list of all memories again.
+2. UPDATE and DELETE change one entry, as in the paper's prompt. Its pseudo-code removes all retrieved memories.
+3. A completion that cannot be applied completely is counted as invalid and changes nothing, like NOOP.
 """
 import json
-import os
-import re
 import shlex
-import shutil
-import sys
-import textwrap
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
 
 from tqdm import tqdm
 
 import data
-from data import TINY, Dialogue, Operation, Turn, UsageError
+from data import TINY, Dialogue, Operation, Turn, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
+from policy import Policy
+from support.cli import Parser, exit_cleanly
+from support.completions import fit_prompt, generate, json_values, trigram_similarity
+from support.terminal import print_bank, print_edits, print_turns
+from support.text import chat_messages, date_suffix, memory_lines, normalize_whitespace, sanitize_for_prompt
+
+EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
+MAX_TEXT_CHARS = 500  # longer memories and facts are cut
+MAX_OPERATIONS = 32  # per completion; also the most facts of one turn
+MIN_QUOTE_SIMILARITY = 0.6  # an "old_memory" names the most similar memory, if it is at least this similar
+Facts = dict[tuple[str, str], tuple[str, ...]]  # {(dialogue id, turn id): facts}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Input of the Manager for one turn. `memories`: the best match first, while the prompt shows the oldest first."""
+    speaker: str
+    time: str
+    facts: tuple[str, ...]
+    memories: tuple[Memory, ...]
+
+    def shown(self) -> list[Memory]:  # memory number 1 of the prompt is shown()[0]
+        return sorted(self.memories, key=lambda memory: memory.id)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One operation on a bank. `id`: the entry that UPDATE or DELETE changes; `text`: the text of ADD or UPDATE."""
+    event: str
+    id: int | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the Manager sees a turn. The defaults suit the tiny model and its short synthetic turns."""
+    top_k: int = 4  # related memories in a prompt
+    extract: bool = False  # the base model lists the facts of a turn; otherwise its text is its only fact
+    max_prompt_tokens: int | None = 1024  # longer prompts lose their least similar memories; None: no limit
+    max_new_tokens: int = 80  # length limit of a list of operations and of a list of facts
+
+
+REAL_SETTINGS = Settings(top_k=10, extract=True, max_prompt_tokens=4096, max_new_tokens=512)  # pretrained models
 
 SYSTEM = """You are the memory manager of an assistant. You keep a small, correct memory bank about a person. \
 You are given memories that are already stored, each with its number and date, and new facts that the person has just \
 told. Decide how the bank has to change so that later questions about the person can be answered from it.
 
 There are four operations.
-ADD: the fact is new, and no stored memory is about the same matter. Write it as one self-contained sentence with the \
+ADD: the fact is new, and no stored memory is about the same topic. Write it as one self-contained sentence with the \
 person's name.
   stored: 1 Nina works as a nurse.   fact: Nina has a cat named Tom.
   [{"event": "ADD", "text": "Nina has a cat named Tom."}]
-UPDATE: a stored memory is about the same matter, and the fact adds to it, makes it more precise or replaces it. Write \
-the whole memory anew, keeping everything that is still true. Things that exist side by side belong in one memory. Do \
-not update when the fact merely says the same in other words.
+UPDATE: a stored memory is about the same topic, and the fact adds to it, makes it more precise or replaces it. \
+Rewrite the whole memory, keeping everything that is still true. Things that exist side by side belong in one memory. \
+Do not update when the fact merely says the same in other words.
   stored: 1 Nina has a cat named Tom.   fact: Nina got another cat, Kit.
   [{"event": "UPDATE", "id": 1, "text": "Nina has two cats, Tom and Kit."}]
 DELETE: the fact says that a stored memory is no longer true, and nothing takes its place.
@@ -64,190 +102,102 @@ with the calendar date where time matters (turn "yesterday" into a date, using t
 this person says. Small talk gives no fact.
 Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
 
-LONGEST_TEXT = 500  # characters of a stored memory; what a model writes beyond that is a fault, not a fact
-LONGEST_OUTPUT = 20_000  # characters of a completion that are read at all
-MOST_OPERATIONS = 32  # in one output
-MOST_OPENINGS = 100  # brackets and braces that may begin one
-CLOSE_ENOUGH = 0.6  # similarity from which a quoted text names a memory
-EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
-# What models read as a role or an end: <|im_end|>, </s>, <｜User｜>, [/INST]; "<3" and "[shares a photo: a dog]" stay.
-MARKER = re.compile(r"[<＜﹤](?=[|｜/]?[^\W\d])|\[(?=/?\w*[A-Z]{2}\w*\])")
 
-
-@dataclass(frozen=True)
-class Case:
-    """What the Manager decides on. `memories` are the best matches first; a prompt shows them oldest first."""
-    speaker: str
-    time: str
-    facts: tuple[str, ...]
-    memories: tuple[Memory, ...]
-
-    def shown(self) -> list[Memory]:
-        return sorted(self.memories, key=lambda memory: memory.id)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One operation, ready to be carried out: `id` is the bank's own (UPDATE, DELETE), `text` the new text."""
-    event: str
-    id: int | None = None
-    text: str = ""
-
-
-# ------------------------------------------------------------------------------------------------ prompts
-
-def folded(text: str) -> str:
-    """Text from people and models as one line of valid Unicode, as it is stored and scored."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-def one_line(text: str) -> str:
-    """
-    Text as a prompt shows it: folded and without role markers, so that it cannot pose as another part of the prompt. A
-    tokenizer would take "<|im_end|>" in a memory for the end of the message; "< |im_end|>" is text.
-    """
-    return MARKER.sub(r"\g<0> ", folded(text))
-
-
-def dated(time: str) -> str:
-    """' (3 May 2023)', or '' where a transcript has no dates."""
-    return f" ({time})" if time else ""
-
-
-def memory_lines(memories: Sequence, start: int = 1) -> str:
-    """Memories numbered from `start`: '1 (3 May 2023) Jon has a dog named Buddy.', or 'none'."""
-    lines = [one_line(f"{i}{dated(memory.time)} {memory.text}") for i, memory in enumerate(memories, start)]
-    return "\n".join(lines) or "none"
-
-
-def case_text(speaker: str, time: str, memories: Sequence, facts: Sequence[str]) -> str:
-    """The user message that states a case."""
-    listed = "\n".join(f"- {one_line(fact)}" for fact in facts)
-    return (f"{one_line(f'memories of {speaker}:')}\n{memory_lines(memories)}\n"
-            f"{one_line(f'new facts from {speaker}{dated(time)}:')}\n{listed}\noperations:")
+def case_text(speaker: str, time: str, memories: Sequence[Memory], facts: Sequence[str]) -> str:
+    """The user message of a case, as in the example at the top of this file."""
+    return "\n".join([sanitize_for_prompt(f"memories of {speaker}:"), memory_lines(memories),
+                      sanitize_for_prompt(f"new facts from {speaker}{date_suffix(time)}:"),
+                      *(f"- {sanitize_for_prompt(fact)}" for fact in facts), "operations:"])
 
 
 def turn_text(speaker: str, time: str, text: str) -> str:
     """The user message that asks for the facts of a turn."""
-    return f"{one_line(f'turn of {speaker}{dated(time)}:')}\n{one_line(text)}\nfacts:"
-
-
-def chat(system: str, user: str) -> list[dict]:
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return f"{sanitize_for_prompt(f'turn of {speaker}{date_suffix(time)}:')}\n{sanitize_for_prompt(text)}\nfacts:"
 
 
 def messages(case: Case) -> list[dict]:
-    return chat(SYSTEM, case_text(case.speaker, case.time, case.shown(), case.facts))
+    return chat_messages(SYSTEM, case_text(case.speaker, case.time, case.shown(), case.facts))
 
 
-def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None):
-    """
-    The longest prompt within `max_tokens`: drops the lowest ranked memories, never anything else (so without any
-    memory it may still be too long). render(memories) -> messages. Returns (ids, memories kept, number dropped).
-    """
-    ids, fits = policy.encode(render(list(ranked))), len(ranked)
-    if max_tokens and len(ids) > max_tokens:
-        fits = bisect_right(range(1, len(ranked)), max_tokens, key=lambda n: len(policy.encode(render(ranked[:n]))))
-        ids = policy.encode(render(list(ranked[:fits])))
-    return ids, list(ranked[:fits]), len(ranked) - fits
+def fit_case(policy, case: Case, max_prompt_tokens: int | None) -> tuple[list[int], Case, int]:
+    """A case as a prompt: (token ids, the case with the memories that the prompt shows, number of memories dropped)."""
+    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=tuple(memories))),
+                                    case.memories, max_prompt_tokens)
+    return ids, replace(case, memories=tuple(kept)), dropped
 
 
-# ------------------------------------------------------------------------------------------------ parsing
-
-def json_values(text: str) -> Iterator[list | dict | None]:
-    """The JSON lists and objects in a text, whatever stands around them. Half of one is None, and the last."""
-    decoder, text, end = json.JSONDecoder(), text[:LONGEST_OUTPUT], 0
-    for opening in list(re.finditer(r"[\[{]", text))[:MOST_OPENINGS]:
-        if opening.start() < end:  # inside what was read
-            continue
-        try:
-            value, end = decoder.raw_decode(text, opening.start())
-            yield value
-        except (ValueError, RecursionError):
-            if re.match(r"[\[{]\s*[\[{\"]", text[opening.start():]):  # no "[see below]" but a list that breaks off:
-                yield None  # what stands inside is not to be carried out alone
-                return
-
-
-def similarity(a: str, b: str) -> float:
-    """Dice coefficient of two texts' letter triples, 1 for equal texts; its time is linear, whatever a model quotes."""
-    triples = [Counter(text[i:i + 3] for i in range(len(text) - 2)) for text in (f"  {a} ", f"  {b} ")]
-    return 2 * (triples[0] & triples[1]).total() / (triples[0].total() + triples[1].total())
-
-
-def named_memory(item: dict, shown: list[Memory]) -> Memory | None:
-    """The memory an operation names: by its number in the prompt, else the one whose text is closest to the quote."""
-    number = item.get("id")
+def find_memory(operation: dict, shown: list[Memory]) -> Memory | None:
+    """The memory that an operation names: by its number in the prompt, else the one most similar to "old_memory"."""
+    number, quote = operation.get("id"), operation.get("old_memory")
     if isinstance(number, str) and number.strip().isdecimal() and len(number) < 6:
         number = int(number)
-    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= len(shown):
+    if type(number) is int and 1 <= number <= len(shown):  # `type`: True is not a number
         return shown[number - 1]
-    quote = item.get("old_memory")
     if not isinstance(quote, str) or not quote.strip() or not shown:
         return None
-    quote = one_line(quote[:2 * LONGEST_TEXT])
-    close, memory = max(((similarity(one_line(memory.text), quote), memory) for memory in shown),
-                        key=lambda pair: pair[0])
-    return memory if close >= CLOSE_ENOUGH else None
+    quote = sanitize_for_prompt(quote[:2 * MAX_TEXT_CHARS])
+    scores = [trigram_similarity(sanitize_for_prompt(memory.text), quote) for memory in shown]
+    return shown[scores.index(max(scores))] if max(scores) >= MIN_QUOTE_SIMILARITY else None
 
 
-def parse_edit(item, shown: list[Memory]) -> Edit | None:
-    """One element of the list, or None if it cannot be carried out."""
-    if not isinstance(item, dict) or not isinstance(item.get("event"), str):
+def parse_edit(operation, shown: list[Memory]) -> Edit | None:
+    """One element of a list of operations, or None if it cannot be applied."""
+    if not isinstance(operation, dict) or not isinstance(operation.get("event"), str):
         return None
-    event = {"NONE": "NOOP"}.get(item["event"].strip().upper(), item["event"].strip().upper())
-    text = folded(item["text"])[:LONGEST_TEXT].strip() if isinstance(item.get("text"), str) else ""
-    if event not in EVENTS or (event in ("ADD", "UPDATE") and not text):
+    event, text = operation["event"].strip().upper(), operation.get("text")
+    text = normalize_whitespace(text)[:MAX_TEXT_CHARS].strip() if isinstance(text, str) else ""
+    if event in ("NOOP", "NONE"):  # NONE: the paper's prompt
+        return Edit("NOOP")
+    if event == "ADD":
+        return Edit("ADD", None, text) if text else None
+    memory = find_memory(operation, shown)
+    if memory is None or event not in EVENTS or (event == "UPDATE" and not text):
         return None
-    if event in ("ADD", "NOOP"):
-        return Edit(event, None, text if event == "ADD" else "")
-    memory = named_memory(item, shown)
-    return memory and Edit(event, memory.id, text if event == "UPDATE" else "")
+    return Edit(event, memory.id, text if event == "UPDATE" else "")
 
 
 def parse(completion: str, case: Case) -> list[Edit] | None:
     """
-    A completion as edits, in order; None if any of it cannot be carried out. NOOPs are kept, they are counted.
-    '[{"event": "DELETE", "id": 1}]' -> [Edit("DELETE", id of the first memory shown)]
+    The edits of a completion, NOOPs included, or None if any of them cannot be applied. Never raises.
+    '[{"event": "DELETE", "id": 1}]' -> [Edit("DELETE", case.shown()[0].id)]
     """
     lists = []
     for value in json_values(completion):
-        if isinstance(value, dict):
+        if value is None:
+            return None
+        if isinstance(value, dict):  # the paper's {"memory": [...]}, or a single operation
             value = value["memory"] if isinstance(value.get("memory"), list) else [value]
-        if not value or any("event" in item for item in value if isinstance(item, dict)):  # no [1], a mere reference
+        if not value or any(isinstance(item, dict) and "event" in item for item in value):  # "[1]" is a reference
             lists.append(value)
-    found = [item for items in lists for item in items or ()]
-    if not lists or None in lists or len(found) > MOST_OPERATIONS:
+    operations = [operation for operations in lists for operation in operations]
+    if not lists or len(operations) > MAX_OPERATIONS:
         return None
-    edits = [parse_edit(item, case.shown()) for item in found]
+    edits = [parse_edit(operation, case.shown()) for operation in operations]
     changed = [edit.id for edit in edits if edit and edit.id is not None]
-    if None in edits or len(changed) != len(set(changed)):
-        return None  # two edits of one entry contradict each other
+    if None in edits or len(changed) > len(set(changed)):  # two edits of one entry contradict each other
+        return None
     return edits or [Edit("NOOP")]
 
 
-def write(edits: Sequence[Edit], case: Case, by_text: bool = False) -> str:
+def format_edits(edits: Sequence[Edit], case: Case, by_text: bool = False) -> str:
     """
-    Edits as SYSTEM wants them, the inverse of `parse`:
-    [Edit("DELETE", id of the first memory shown)] -> '[{"event": "DELETE", "id": 1}]'
-    `by_text`: as the tiny model is taught, which quotes the memory it names. Its texts begin with a space: a word is
-    then always the same tokens.
+    Edits as a completion, the inverse of `parse`. `by_text`: in the format of the tiny model, which quotes old memories
+    and begins every text with a space, so that a word always consists of the same tokens.
     """
-    shown, items = case.shown(), []
-    numbers = {memory.id: i for i, memory in enumerate(shown, 1)}
+    numbered, operations = {memory.id: (i, memory.text) for i, memory in enumerate(case.shown(), 1)}, []
     for edit in edits:
-        item = {"event": edit.event}
+        operation = {"event": edit.event}
         if edit.event in ("UPDATE", "DELETE"):
-            number = numbers[edit.id]
-            item |= {"old_memory": f" {shown[number - 1].text}"} if by_text else {"id": number}
+            number, old_memory = numbered[edit.id]
+            operation |= {"old_memory": f" {old_memory}"} if by_text else {"id": number}
         if edit.event in ("ADD", "UPDATE"):
-            item["text"] = f" {edit.text}" if by_text else edit.text
-        items.append(item)
-    return json.dumps(items, ensure_ascii=False, separators=(",", ":") if by_text else None)
+            operation["text"] = f" {edit.text}" if by_text else edit.text
+        operations.append(operation)
+    return json.dumps(operations, ensure_ascii=False, separators=(",", ":") if by_text else None)
 
 
-def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> list[int]:
-    """Carries edits out on a bank (or a fork of it). Returns the ids of the memories written."""
+def apply_edits(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> list[int]:
+    """Applies edits to a bank. Returns the ids of the memories that were written."""
     written = []
     for edit in edits:
         if edit.event == "ADD":
@@ -260,46 +210,18 @@ def apply(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> l
     return written
 
 
-# ------------------------------------------------------------------------------------------------ facts and cases
-
 def parse_facts(completion: str) -> list[str]:
-    """
-    The first JSON list of strings, or the empty one, bare or under "facts": '["Jon moved."]' -> ["Jon moved."]. A list
-    of anything else is passed over ("as in [1]: ..."); no such list: no facts.
-    """
+    """The first JSON list of strings, bare or under "facts"; [] if there is none. 'So: ["Jon ran."]' -> ["Jon ran."]"""
     for found in json_values(completion):
         found = found.get("facts") if isinstance(found, dict) else found
         if isinstance(found, list) and (not found or any(isinstance(text, str) for text in found)):
-            texts = [folded(text)[:LONGEST_TEXT] for text in found if isinstance(text, str)]
-            return [text for text in texts if text][:MOST_OPERATIONS]
+            texts = [normalize_whitespace(text)[:MAX_TEXT_CHARS] for text in found if isinstance(text, str)]
+            return [text for text in texts if text][:MAX_OPERATIONS]
     return []
 
 
-def facts_of(policy, turns: Sequence[Turn], extract: bool, max_new_tokens: int = 256) -> list[tuple[str, ...]]:
-    """
-    What each turn says, as facts. `extract`: the base model lists them (LoRA off, greedy, all turns in one call);
-    otherwise the turn's own words are its one fact, which suits turns of one plain statement.
-    """
-    if not extract:
-        return [(turn.text,) for turn in turns]
-    prompts = [policy.encode(chat(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text))) for turn in turns]
-    with policy.using(None):
-        groups = policy.sample(prompts, 1, max_new_tokens, temperature=0) if prompts else []
-    return [tuple(parse_facts(group[0].text)) for group in groups]
-
-
-Facts = dict[tuple[str, str], tuple[str, ...]]  # (dialogue id, turn id) -> facts
-
-
-def read_facts(policy, dialogues: Sequence[Dialogue], extract: bool, cache: Facts, max_new_tokens: int = 256) -> None:
-    """Adds to `cache` the facts of all turns it lacks. They depend on no bank, so all dialogues go in one batch."""
-    missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
-               if (dialogue.id, turn.id) not in cache}
-    cache.update(zip(missing, facts_of(policy, list(missing.values()), extract, max_new_tokens), strict=True))
-
-
-def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
-    """The facts of a turn beside the `top_k` most related memories of its speaker (Alg. 3: TopK(f_i, M))."""
+def make_case(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
+    """The facts of a turn with the `top_k` memories of its speaker that are most related to any of them."""
     scores: dict[Memory, float] = {}
     for fact in facts:
         for memory, score in bank.search_scored(fact, top_k, speaker=turn.speaker):
@@ -308,203 +230,171 @@ def case_of(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> C
     return Case(turn.speaker, turn.time, tuple(facts), tuple(ranked))
 
 
-# ------------------------------------------------------------------------------------------------ building banks
+@dataclass
+class Manager:
+    """A model that keeps memory banks."""
+    policy: Policy  # or a hosted model with the same methods: support.endpoint.EndpointPolicy
+    adapter: str | None = None  # None: the base model, LoRA off
+    settings: Settings = Settings()
+    facts: Facts = field(default_factory=dict)  # cache, filled by read_facts
+
+    def extract(self, turns: Sequence[Turn]) -> list[tuple[str, ...]]:
+        """The facts of each turn (LLMExtract in Alg. 3), in one batch of the base model; see Settings.extract."""
+        if not self.settings.extract:
+            return [(turn.text,) for turn in turns]
+        prompts = [self.policy.encode(chat_messages(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text)))
+                   for turn in turns]
+        return [tuple(parse_facts(text)) for text in generate(self.policy, None, prompts, self.settings.max_new_tokens)]
+
+    def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
+        """Extracts the facts that the cache lacks. They depend on no bank, so all turns form one batch."""
+        missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
+                   if (dialogue.id, turn.id) not in self.facts}
+        self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
+
+    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
+        """
+        Greedy edits for a batch of cases: (edits, or None if invalid; number of memories that the prompt dropped).
+        A case without facts is NOOP and not sent to the model.
+        """
+        fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
+        texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
+        edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
+        return [next(edits) if case.facts else ([Edit("NOOP")], 0) for case in cases]
+
 
 @dataclass
-class Built:
-    """A bank, and how it came about."""
+class BankBuild:
+    """A bank and the record of how it was built."""
     bank: MemoryBank
     history: list[tuple[Memory, ...]] = field(default_factory=list)  # the memories before each turn
-    decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # a model's; None: invalid
-    ops: Counter = field(default_factory=Counter)  # by event, and "invalid"
-    agreed: int = 0  # turns whose edit was the known one, to the letter
-    judged: int = 0  # turns whose right edit is known
-    dropped: int = 0  # memories left out of prompts for want of room
-    sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> the turns it was written from
+    decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # one per completion
+    ops: Counter = field(default_factory=Counter)  # edits by event; "invalid" counts completions
+    num_matching: int = 0  # turns whose edit equals the reference operation
+    num_labeled: int = 0  # turns that have a reference operation
+    dropped: int = 0  # memories that prompts dropped because of their length
+    sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
+
+    def apply(self, turn: Turn, edits: list[Edit] | None) -> None:
+        """Applies and records the edits of a turn; None, an invalid completion, changes nothing."""
+        if turn.operation:
+            named = [Operation(edit.event, self.bank[edit.id].text if edit.id is not None else "", edit.text)
+                     for edit in edits or []]
+            self.num_labeled += 1
+            self.num_matching += named == [turn.operation]
+        self.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
+        for id in apply_edits(self.bank, edits or [], turn.speaker, turn.time):
+            self.sources.setdefault(id, set()).add(turn.id)
 
 
-def bank_report(built: Sequence[Built]) -> dict:
+def bank_report(builds: Sequence[BankBuild]) -> dict:
+    """Mean bank size, operations, fraction of invalid completions, agreement with the reference (None without one)."""
+    ops, num_labeled = sum((build.ops for build in builds), Counter()), sum(build.num_labeled for build in builds)
+    return {"bank_size": sum(len(build.bank) for build in builds) / len(builds), "ops": dict(ops),
+            "invalid_rate": ops["invalid"] / max(1, sum(len(build.decisions) for build in builds)),
+            "agreement": sum(build.num_matching for build in builds) / num_labeled if num_labeled else None}
+
+
+def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable, keep_history=False, progress=""):
+    """One BankBuild per dialogue; decide([(build, dialogue, turn), ...]) gives the edits for turn i of all of them."""
+    builds = [BankBuild(MemoryBank(embedder)) for _ in dialogues]
+    columns = list(zip_longest(*(dialogue.turns for dialogue in dialogues)))  # turn i of each, None after its last
+    for turns in tqdm(columns, desc=progress, disable=None if progress else True, leave=False):
+        batch = [step for step in zip(builds, dialogues, turns, strict=True) if step[2]]
+        for (build, _, turn), edits in zip(batch, decide(batch), strict=True):
+            if keep_history:
+                build.history.append(tuple(build.bank))
+            build.apply(turn, edits)
+    return builds
+
+
+def build_banks(manager: Manager, dialogues, embedder, keep_history=False, progress="") -> list[BankBuild]:
     """
-    Of some banks: memories in the mean, operations by event, the share of invalid ones among a model's outputs,
-    agreement with the known operations (None: none known).
+    The Manager's banks of several dialogues. Alg. 3 for one of them: M = {}; for each turn t: f = LLMExtract(t),
+    M_old = TopK(f, M), o = Manager(f, M_old), and M is edited by o.
     """
-    judged, ops = sum(one.judged for one in built), sum((one.ops for one in built), Counter())
-    return {"bank_size": sum(len(one.bank) for one in built) / len(built), "ops": dict(ops),
-            "invalid_rate": ops["invalid"] / max(1, sum(len(one.decisions) for one in built)),
-            "agreement": sum(one.agreed for one in built) / judged if judged else None}
+    def decide(batch):
+        cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
+                 for build, dialogue, turn in batch]
+        predicted = manager.predict_edits(cases)
+        for (build, _, _), case, (edits, dropped) in zip(batch, cases, predicted, strict=True):
+            build.dropped += dropped
+            if case.facts:
+                build.decisions.append((case, edits))
+        return [edits for edits, _ in predicted]
+
+    manager.read_facts(dialogues)
+    return build_in_lockstep(dialogues, embedder, decide, keep_history, progress)
 
 
-def known_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
-    """The known operation of a synthetic turn on this bank; NOOP where the bank lacks the entry it names."""
+def oracle_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
+    """The reference operation of a synthetic turn on this bank; NOOP if the bank lacks the entry that it names."""
     operation = turn.operation
-    assert operation, f"turn {turn.id} has no known operation: only synthetic data has them"
+    assert operation, f"turn {turn.id} has no reference operation: only synthetic data has them"
     if operation.event in ("ADD", "NOOP"):
         return [Edit(operation.event, None, operation.text)]
-    named = [memory.id for memory in bank if memory.speaker == turn.speaker and memory.text == operation.old_memory]
-    return [Edit(operation.event, named[0], operation.text)] if named else [Edit("NOOP")]
+    ids = [memory.id for memory in bank if (memory.speaker, memory.text) == (turn.speaker, operation.old_memory)]
+    return [Edit(operation.event, ids[0], operation.text) if ids else Edit("NOOP")]
 
 
-def added_edits(turn: Turn, facts: Sequence[str]) -> list[Edit]:
-    """Everything is stored: a synthetic turn's fact in the words of the known bank, else the facts as they are."""
-    return [Edit("ADD", None, fact[:LONGEST_TEXT]) for fact in ([turn.fact] if turn.fact else facts)]
+def oracle_banks(dialogues: Sequence[Dialogue], embedder, keep_history: bool = False) -> list[BankBuild]:
+    """Upper bound on synthetic data: banks built with the reference operations."""
+    return build_in_lockstep(dialogues, embedder, keep_history=keep_history,
+                             decide=lambda batch: [oracle_edits(build.bank, turn) for build, _, turn in batch])
 
 
-def same_edit(edits: Sequence[Edit], bank: MemoryBank, operation: Operation) -> bool:
-    """Whether the edits, on the bank before them, are the known operation: event, entry and text."""
-    if len(edits) != 1 or edits[0].event != operation.event:
-        return False
-    edit = edits[0]
-    old = bank.get(edit.id).text if edit.id is not None else ""
-    return (old, edit.text) == (operation.old_memory, operation.text)
+def add_all_edits(turn: Turn, facts: Sequence[str]) -> list[Edit]:
+    """ADD for everything: the fact of a synthetic turn, otherwise the extracted facts."""
+    return [Edit("ADD", None, fact[:MAX_TEXT_CHARS]) for fact in ([turn.fact] if turn.fact else facts)]
 
 
-def build_banks(policy, dialogues: Sequence[Dialogue], embedder, how: str = "model", adapter: str | None = None,
-                top_k: int = 4, extract: bool = True, max_prompt_tokens: int | None = None, max_new_tokens: int = 128,
-                keep_history: bool = False, progress: str = "", cache: Facts | None = None) -> list[Built]:
-    """
-    Reads every dialogue from its first turn and keeps a bank for each, in lockstep: turn i of all dialogues is one
-    batch. `how`: "model" (greedy, with `adapter`, None: LoRA off), "oracle" (the known operations), "add-all" or
-    "noop". `cache`: facts extracted before; new ones are put there too.
-    """
-    assert how in ("model", "oracle", "add-all", "noop"), how
-    built = [Built(MemoryBank(embedder)) for _ in dialogues]
-    cache = {} if cache is None else cache
-    if how == "model" or (how == "add-all" and not all(turn.fact for dialogue in dialogues for turn in dialogue.turns)):
-        read_facts(policy, dialogues, extract, cache, max_new_tokens)
-    facts = [[cache.get((dialogue.id, turn.id), ()) for turn in dialogue.turns] for dialogue in dialogues]
-    longest = max((len(dialogue.turns) for dialogue in dialogues), default=0)
-    for i in tqdm(range(longest), desc=progress, disable=None if progress else True, leave=False):
-        live = [d for d, dialogue in enumerate(dialogues) if i < len(dialogue.turns)]
-        edits = {d: [Edit("NOOP")] for d in live}
-        if how == "oracle":
-            edits = {d: known_edits(built[d].bank, dialogues[d].turns[i]) for d in live}
-        elif how == "add-all":
-            edits = {d: added_edits(dialogues[d].turns[i], facts[d][i]) for d in live}
-        elif how == "model":
-            asked = [d for d in live if facts[d][i]]
-            cases = [case_of(built[d].bank, dialogues[d].turns[i], facts[d][i], top_k) for d in asked]
-            outputs = manage(policy, cases, adapter, max_prompt_tokens, max_new_tokens)
-            for d, case, (parsed, dropped) in zip(asked, cases, outputs, strict=True):
-                built[d].decisions.append((case, parsed))
-                built[d].dropped += dropped
-                edits[d] = parsed
-        for d in live:
-            step_bank(built[d], dialogues[d].turns[i], edits[d], keep_history)
-    return built
+def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: Facts | None = None) -> list[BankBuild]:
+    """Baseline: banks that store everything. `facts`: of a Manager; a turn that is not among them is stored as text."""
+    known = facts or {}
+    return build_in_lockstep(dialogues, embedder, lambda batch: [
+        add_all_edits(turn, known.get((dialogue.id, turn.id), (turn.text,))) for _, dialogue, turn in batch])
 
 
-def manage(policy, cases: Sequence[Case], adapter: str | None, max_prompt_tokens: int | None, max_new_tokens: int):
-    """The Manager's greedy edits for a batch of cases: (edits, or None if invalid; memories dropped) for each."""
-    fitted = [fit_case(policy, case, max_prompt_tokens) for case in cases]
-    with policy.using(adapter):
-        groups = policy.sample([ids for ids, _, _ in fitted], 1, max_new_tokens, temperature=0) if fitted else []
-    return [(parse(group[0].text, case), dropped) for group, (_, case, dropped) in zip(groups, fitted, strict=True)]
+def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
+    """Baseline: banks that stay empty."""
+    return build_in_lockstep(dialogues, embedder, lambda batch: [[Edit("NOOP")] for _ in batch])
 
 
-def fit_case(policy, case: Case, max_prompt_tokens: int | None) -> tuple[list[int], Case, int]:
-    """A case's prompt as token ids, the case as shown (fewer memories if there was no room), how many were dropped."""
-    def with_memories(memories):
-        return Case(case.speaker, case.time, case.facts, tuple(memories))
-
-    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(with_memories(memories)), case.memories,
-                                    max_prompt_tokens)
-    return ids, with_memories(kept), dropped
-
-
-def step_bank(built: Built, turn: Turn, edits: list[Edit] | None, keep_history: bool) -> None:
-    """Carries out the edits of a turn and counts them. None, an invalid output, leaves the bank as it is."""
-    if keep_history:
-        built.history.append(tuple(built.bank))
-    if turn.operation:
-        built.judged += 1
-        built.agreed += edits is not None and same_edit(edits, built.bank, turn.operation)
-    built.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
-    for id in apply(built.bank, edits or [], turn.speaker, turn.time):
-        built.sources.setdefault(id, set()).add(turn.id)
-
-
-# ------------------------------------------------------------------------------------------------ on a terminal
-
-SIGNS = {"ADD": ("+", 32), "UPDATE": ("~", 36), "DELETE": ("-", 31), "NOOP": (".", 0)}  # and ANSI colours
-BOLD = 1
-
-
-def screen(text: str, indent: int = 0, colour: int = 0) -> str:
-    """
-    Text wrapped to the terminal, without what would control it; coloured if a person looks who has not set NO_COLOR.
-    """
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    text = textwrap.fill(text, max(40, shutil.get_terminal_size().columns), subsequent_indent=" " * indent)
-    is_wanted = colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return f"\033[{colour}m{text}\033[0m" if is_wanted else text
-
-
-def show(edits: Sequence[Edit] | None, bank: MemoryBank) -> None:
-    """Prints what edits are going to do to a bank. None: an output that cannot be carried out."""
-    if edits is None:
-        print("    ! the output cannot be carried out: nothing changes")
-    for edit in edits or []:
-        sign, colour = SIGNS[edit.event]
-        old = "" if edit.id is None else bank[edit.id].text
-        print(screen(f"    {sign} {edit.event:6}  {old or edit.text}", 14, colour).rstrip())
-        if old and edit.text:
-            print(screen(f"           -> {edit.text}", 14, colour))
-
-
-def show_bank(bank: MemoryBank) -> None:
-    """Prints the memories of each speaker as a prompt shows them."""
-    print(f"the bank: {len(bank)} {'memory' if len(bank) == 1 else 'memories'}")
-    for speaker in dict.fromkeys(memory.speaker for memory in bank):
-        print(screen(f"memories of {speaker}:", colour=BOLD))
-        for line in memory_lines([memory for memory in bank if memory.speaker == speaker]).split("\n"):
-            print(screen(f"  {line}", 4))
-
-
-def read_turn(policy, bank: MemoryBank, turn: Turn, adapter: str | None, settings: dict) -> None:
-    """Lets the Manager read one turn and edit the bank, and prints both. `settings`: of `flags.usual`."""
-    facts = facts_of(policy, [turn], settings["extract"], settings["max_new_tokens"])[0]
-    edits: list[Edit] | None = [Edit("NOOP")]
-    if facts:
-        case = case_of(bank, turn, facts, settings["top_k"])
-        (edits, _), = manage(policy, [case], adapter, settings["max_prompt_tokens"], settings["max_new_tokens"])
-    show(edits, bank)
-    apply(bank, edits or [], turn.speaker, turn.time)
+def read_turn(manager: Manager, bank: MemoryBank, turn: Turn) -> None:
+    """Lets the Manager read one turn of a conversation: prints its edits, then applies them to the bank."""
+    case = make_case(bank, turn, manager.extract([turn])[0], manager.settings.top_k)
+    [(edits, _)] = manager.predict_edits([case])
+    print_edits(edits, bank)
+    apply_edits(bank, edits or [], turn.speaker, turn.time)
 
 
 def main(argv=None) -> None:
-    """Reads a conversation and prints, turn by turn, what the Manager does."""
-    from policy import Policy  # here: nothing above needs a model of its own, and flags.py comes after this file
-    from support.cli import Parser, usual
+    """Reads a dialogue and prints the Manager's edits, turn by turn."""
     parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
                     epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out bank.json")
     add = parser.add_argument
-    add("file", nargs="?", metavar="FILE", help="a transcript, see data/transcript.py (some synthetic talk)")
-    add("--adapter", metavar="DIR", help="a Manager's run or adapter (none: the base model)")
+    add("file", nargs="?", metavar="FILE", help="a transcript, see data/transcript.py (default: a synthetic dialogue)")
+    add("--adapter", metavar="DIR", help="a Manager's run or adapter (default: none, the base model)")
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--out", metavar="BANK", help="keep the bank in this file, for answer.py")
+    add("--out", metavar="BANK", help="save the bank to this file, for answer.py")
     args = parser.parse_args(argv)
-    if args.out and os.path.exists(args.out):
-        raise UsageError(f"--out {args.out}: is there already; choose another name, or delete it")
-    options = {} if args.file else {"count": 1, "seed": 1}
-    dialogue = data.load(args.file or "synthetic", "test", **options)[0]
-    policy, bank, session = Policy.load(args.model), MemoryBank(make_embedder("hash")), 0
+    if args.out and Path(args.out).exists():
+        raise UsageError(f"--out {args.out}: already exists; choose another name, or delete it")
+    dialogue = data.load(args.file or "synthetic", "test", **({} if args.file else {"count": 1, "seed": 1}))[0]
+    bank = MemoryBank(make_embedder("hash"))
+    manager = Manager(Policy.load(args.model), settings=Settings() if is_tiny(args.model) else REAL_SETTINGS)
     if args.adapter:
-        policy.load_adapter("manager", args.adapter)
-    for turn in dialogue.turns:
-        if turn.session != session:
-            print("\n" * bool(session), end="")
-            session = turn.session
-            print(screen(f"session {session}: {turn.time or 'no date'}", colour=BOLD))
-        print(screen(f"{turn.speaker}: {turn.text}", 4))
-        read_turn(policy, bank, turn, "manager" if args.adapter else None, usual(args.model))
+        manager.adapter = "manager"
+        manager.policy.load_adapter("manager", args.adapter)
+    for turn in print_turns(dialogue.turns):
+        read_turn(manager, bank, turn)
         if args.out:
             bank.save(args.out)
     print()
-    show_bank(bank)
+    print_bank(bank)
     if args.out:
         print(f"\nto ask it: python answer.py {shlex.quote(args.out)} 'Which ...?'")
 
 
 if __name__ == "__main__":
-    from support.cli import exit_cleanly
-    exit_cleanly(main, less="the size of --model", go_on="the same command begins anew")
+    exit_cleanly(main, less="the size of --model", resume_hint="to start again: the same command")

@@ -173,7 +173,7 @@ class Policy:
         """The layers that keep only their input for the backward pass and compute the rest again."""
         if not self.model.supports_gradient_checkpointing:
             raise UsageError(f"model {self.name}: does not support --gradient-checkpointing; leave the flag out")
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
 
     # -------------------------------------------------------------------------------------------- adapters

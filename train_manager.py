@@ -1,22 +1,30 @@
 """
-Trains the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1) from one signal: are the questions that a
-turn is linked to answered rightly once the bank has been edited?
+Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). The only signal is whether the questions
+linked to a turn are answered correctly from the edited bank.
 
-    python train_manager.py --algo grpo                       # tiny model, synthetic talk, two CPU cores, minutes
+    python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
     python train_manager.py --algo grpo --seed 1 --out runs/seed-1
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
-    torchrun --nproc_per_node=4 train_manager.py --model ...  # a process for each of four GPUs: see distributed.py
-    python train_manager.py --algo sft                        # the baseline Memory-SFT: clones the known operations
+    python train_manager.py --algo sft                        # the baseline Memory-SFT: clone reference operations
+    torchrun --nproc_per_node=4 train_manager.py --model ...  # one process per GPU: see support/distributed.py
 
-An episode is one turn: the bank as it was before the turn, the facts of the turn, the questions linked to it. Each of
-G sampled outputs is carried out on a fork of the bank, a frozen answerer reads the fork, and the score of its answers
-is the reward: their mean, or the lowest (`--linked`). All members of a group are asked the same questions.
+One episode is one turn of a dialogue:
+1. build the bank before the turn from the `--window` turns before it           ManagerTask.banks_before
+2. prompt the Manager with the facts of the turn and the related memories       ManagerTask.make_episode
+3. sample G outputs and apply the edits of each to its own fork of the bank     ManagerTask.apply_and_answer
+4. let the frozen Answer Agent answer the linked questions from each fork       ManagerTask.apply_and_answer
+5. reward each output by the scores of its answers                              reward_of
+
+Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
+`--bank` and `--teacher` choose.
 """
 import argparse
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -29,13 +37,56 @@ import sft
 from data import Dialogue, Question, Turn, UsageError, is_tiny
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from support.cli import Parser, add_shared_flags, exit_cleanly, fill_defaults
-from support.distributed import GO_ON, divide, gather, is_main, on_main, share, together
-from support.judge import Endpoint, Hosted, Kept, make_scorer
+from support.cli import RewardFlags, exit_cleanly, flag, from_args, parse_training_flags, seed_everything
+from support.distributed import RESUME_HINT, distributed_main, is_rank0, rank0_result
+from support.endpoint import CachedEndpoint, Endpoint, EndpointPolicy
+from support.judge import make_scorer
+from support.loop import run_training
 from support.plots import plot_run
-from support.run import check_distill, check_out, seed_everything, train
+from support.run import check_distill, check_out
 
-REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # of a hosted teacher
+ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
+REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cached replies of a hosted teacher
+REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
+    "extract": True,  # a real turn holds several facts and small talk
+    "top_k": 10,  # several facts have more related memories than one
+    "bank": "base",  # there are no reference operations
+    "linked": "mean",  # a turn may have many linked questions, of which all are seldom right
+    "loss_mean": "completion",  # as in the paper
+    "memories": 60,  # as in the paper: 30 of each speaker
+    "named_only": False,  # as in the paper
+    "eval": 1,  # one LoCoMo dialogue has more than 100 questions
+}
+REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
+    "max_prompt_tokens": 4096,  # 60 memories and the instruction
+    "max_new_tokens": 512,  # operations for all facts of a turn
+    "max_answer_tokens": 256,  # the selection comes before the answer
+    "lr": {"grpo": 2e-5, "ppo": 2e-5, "sft": 1e-4},  # larger models need smaller steps
+}
+
+
+@dataclass(frozen=True)
+class EpisodeFlags:
+    window: int = flag(50, "number of turns from which the bank before a turn is built", least=0)
+    bank: str = flag("oracle", "builder of that bank: the Manager being trained (self), the base model (base), or the "
+                     "reference operations that synthetic data has", choices=("self", "base", "oracle"))
+    refresh: int = flag(5, "steps after which new turns are drawn and their banks built", least=1)
+    answer_adapter: str | None = flag(None, "run or adapter of the frozen Answer Agent (none: the base model)",
+                                      metavar="DIR")
+    max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
+
+
+@dataclass(frozen=True)
+class ManagerRewardFlags(RewardFlags):
+    linked: str = flag("all", "reward of an output: mean score of the linked questions, or all for the lowest score, "
+                       "which is 1 only if all answers are right", choices=("mean", "all"))
+
+
+@dataclass(frozen=True)
+class TeacherFlags:
+    teacher: str = flag("known", "clone the reference operations that synthetic data has (known), or a hosted Manager "
+                        "(endpoint: set MANAGER_URL, MANAGER_MODEL and, if needed, MANAGER_API_KEY), whose replies are "
+                        "cached", choices=("known", "endpoint"))
 
 
 @dataclass(frozen=True)
@@ -44,273 +95,258 @@ class Episode:
     case: manager.Case
     bank: MemoryBank  # before the turn
     turn: Turn
-    questions: tuple[Question, ...]
+    questions: tuple[Question, ...]  # linked to the turn, the same for all outputs of a group
     speakers: tuple[str, str]
-    dropped: int = 0  # memories left out of the prompt for want of room
+    dropped: int = 0  # memories that the prompt dropped because of its length
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The effect of an output: the size of the edited bank; the score and a readable record of each answer from it."""
+    bank_size: int
+    scores: list[float]
+    answers: list[dict]
+
+
+def reward_of(scores: Sequence[float], linked: str) -> float:
+    """The reward of an output from the scores of the linked questions: their mean or, for "all", the lowest."""
+    return sum(scores) / len(scores) if linked == "mean" else min(scores)
 
 
 def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
     """
-    {turn id: the questions its edit is judged by}. Where questions say when they are asked, those asked right after
-    the turn; else (LoCoMo) those whose evidence the turn is. Turns without any are left out.
+    {turn id: the questions that judge its edits}. In synthetic data these are the questions asked right after the
+    turn; in LoCoMo, which asks all questions at the end, those whose evidence includes the turn.
     """
-    is_timed = any(question.asked for question in dialogue.questions)
-    linked: dict[str, list[Question]] = {}
+    is_timed = any(question.asked_after for question in dialogue.questions)
+    linked: dict[str, tuple[Question, ...]] = {}
     for question in dialogue.questions:
-        for turn in ([question.asked] if question.asked else [] if is_timed else question.evidence):
-            linked.setdefault(turn, []).append(question)
-    return {turn: tuple(questions) for turn, questions in linked.items()}
+        for turn in [question.asked_after] if is_timed else question.evidence:
+            linked[turn] = (*linked.get(turn, ()), question)
+    return {turn: questions for turn, questions in linked.items() if turn is not None}
+
+
+def held_out_dialogues(args: argparse.Namespace, phrasing: str = "seen") -> list[Dialogue]:
+    """The first `--eval` dialogues that are not for training. `phrasing`: the wording of synthetic turns."""
+    if args.data == "synthetic":
+        return data.load("synthetic", "test", count=args.eval, seed=1, phrasing=phrasing)
+    return data.load(args.data, "val")[:args.eval] if args.eval else []
 
 
 class ManagerTask:
-    """The Manager's episodes, rewards and held-out evaluation (see `grpo.Task`); demonstrations (see `sft.Task`)."""
+    """Episodes, rewards, held-out evaluation and demonstrations of the Manager. See Task in support/loop.py."""
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args = policy, args
         self.embedder = make_embedder(args.embedder, str(policy.device))
-        self.answer_adapter = "answer" if args.answer_adapter else None
-        self.score = self.teacher = None
-        if args.algo != "sft":
-            self.score = make_scorer(args.reward, args.judge, policy, device=args.device, dtype=args.dtype)
-        if args.algo == "sft" and args.teacher == "endpoint":
-            self.teacher = Hosted(Kept(Endpoint.from_environment("MANAGER"), REPLIES))
-        self.fixed = None if args.data == "synthetic" else data.load(args.data, "train")
-        self.held_out = self.load_held_out("seen")
-        self.facts: manager.Facts = {}
-        self.histories: dict = {}  # banks after every turn, kept where no training will change them
+        self.base = manager.Manager(policy, None, from_args(manager.Settings, args))
+        self.trained = replace(self.base, adapter="manager")  # shares the cache of extracted facts
+        self.dialogues = None if args.data == "synthetic" else data.load(args.data, "train")
+        self.held_out = held_out_dialogues(args)
+        self.histories: dict = {}  # on real data: memories before each turn of a window, by the base model
         self.pool: list[Episode] = []
-        self.state: dict = {}  # what the pool's banks hold: a Manager that has learned since would build others
-        if args.algo != "sft" and self.fixed is not None and not any(map(linked_questions, self.fixed)):
+        self.state: dict = {}  # memories of the pool's banks; a resumed run needs them, as the Manager has changed
+        if args.algo == "sft":
+            hosted = Endpoint.from_environment("MANAGER") if args.teacher == "endpoint" else None
+            self.teacher = hosted and EndpointPolicy(CachedEndpoint(hosted, REPLIES))
+            return
+        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy,
+                                 load_policy=partial(Policy.load, device=args.device, dtype=args.dtype))
+        if self.dialogues and not any(map(linked_questions, self.dialogues)):
             raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
-
-    def load_held_out(self, phrasing: str) -> list[Dialogue]:
-        if self.args.data == "synthetic":
-            return data.load("synthetic", "test", count=self.args.eval, seed=1, phrasing=phrasing)
-        return data.load(self.args.data, "val")[:self.args.eval] if self.args.eval else []
 
     # -------------------------------------------------------------------------------------------- episodes
 
     def batch(self, step: int) -> list[Episode]:
-        """`--batch-size` episodes. Every `--refresh` steps new ones are prepared, with banks of the current Manager."""
-        first = (step - 1) // self.args.refresh * self.args.refresh + 1
+        """The `--batch-size` episodes of a step. A pool of episodes for `--refresh` steps is made at once."""
+        first = step - (step - 1) % self.args.refresh
         if step == first or not self.pool:
-            self.pool = self.prepare(first)
-        P = self.args.batch_size
-        return self.pool[(step - first) * P:(step - first + 1) * P]
+            self.pool = self.make_pool(first)
+        start = (step - first) * self.args.batch_size
+        return self.pool[start:start + self.args.batch_size]
 
-    def prepare(self, first: int) -> list[Episode]:
-        """The episodes of the steps `first`, ..., `first + refresh - 1` (or the last), in the order they are used."""
-        wanted = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
-        rng = random.Random(f"{self.args.seed} {first}")
-        chosen: list[tuple[Dialogue, int]] = []
-        if self.fixed is None:  # some four turns of every conversation
-            self.facts = {}
-            dialogues = data.load("synthetic", "train", count=-(-wanted // 4), seed=self.args.seed * 100_000 + first)
+    def make_pool(self, first: int) -> list[Episode]:
+        """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
+        num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
+        count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns of a dialogue
+        dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
+        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue)]
+                 for i, turn in enumerate(dialogue.turns) if turn.id in linked]
+        rng, drawn = random.Random(f"{self.args.seed} {first}"), []
+        while len(drawn) < num_episodes:  # a small data set is drawn repeatedly
+            drawn += rng.sample(turns, min(len(turns), num_episodes - len(drawn)))
+        self.base.read_facts(dialogues)
+        drawn_ids = [first, *([dialogue.id, i] for dialogue, i in drawn)]
+        if self.state.get("pool") != drawn_ids:  # equal in a run that is resumed between two refreshes
+            self.state = {"pool": drawn_ids, "memories": self.banks_before(drawn)}
+        return [self.make_episode(dialogue, i, memories)
+                for (dialogue, i), memories in zip(drawn, self.state["memories"], strict=True)]
+
+    def banks_before(self, turns: Sequence[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
+        """The memories (text, speaker, time) before turn i of each dialogue, built from the `--window` turns before."""
+        keys = [(dialogue.id, max(0, i - self.args.window)) for dialogue, i in turns]
+        windows: dict[tuple[str, int], Dialogue] = {}  # {(dialogue id, first turn): the turns to read}
+        for (dialogue, i), key in sorted(zip(turns, keys, strict=True), key=lambda pair: pair[0][1]):
+            windows[key] = replace(dialogue, turns=dialogue.turns[key[1]:i], questions=())  # the longest comes last
+        is_fixed = self.dialogues and self.args.bank == "base"  # training changes neither data nor base model
+        histories = self.histories if is_fixed else {}
+        missing = {key: window for key, window in windows.items() if len(histories.get(key, ())) <= len(window.turns)}
+        if self.args.bank == "oracle":
+            builds = manager.oracle_banks([*missing.values()], self.embedder, keep_history=True)
         else:
-            dialogues = self.fixed
-        linked = {dialogue.id: linked_questions(dialogue) for dialogue in dialogues}
-        places = [(dialogue, i) for dialogue in dialogues for i, turn in enumerate(dialogue.turns)
-                  if turn.id in linked[dialogue.id]]
-        while len(chosen) < wanted:  # a small data set is gone through again
-            chosen += rng.sample(places, min(len(places), wanted - len(chosen)))
-        manager.read_facts(self.policy, share(dialogues), self.args.extract, self.facts, self.args.max_new_tokens)
-        self.facts = dict(gather([*self.facts.items()]))
-        pool = [first, *([dialogue.id, i] for dialogue, i in chosen)]
-        if self.state.get("pool") != pool:  # else the run is resumed between two refreshes
-            self.state = {"pool": pool, "memories": self.memories_before(chosen)}
-        return [self.episode(dialogue, i, memories, linked[dialogue.id][dialogue.turns[i].id])
-                for (dialogue, i), memories in zip(chosen, self.state["memories"], strict=True)]
+            builder = self.trained if self.args.bank == "self" else self.base
+            builds = manager.build_banks(builder, [*missing.values()], self.embedder, keep_history=True)
+        histories |= {key: [*build.history, build.bank] for key, build in zip(missing, builds, strict=True)}
+        return [[(memory.text, memory.speaker, memory.time) for memory in histories[key][i - key[1]]]
+                for (_, i), key in zip(turns, keys, strict=True)]
 
-    def memories_before(self, places: list[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
-        """
-        What the bank holds before turn i of each dialogue, built from the `--window` turns before it (Alg. 1's temporal
-        memory bank): by the Manager as it is (`--bank self`), the base model, or the known operations (`oracle`).
-        """
-        needed: dict[tuple[str, int], Dialogue] = {}  # (dialogue, first turn) -> the turns to read
-        for dialogue, i in places:
-            begin = max(0, i - self.args.window)
-            longest = needed.get((dialogue.id, begin))
-            if longest is None or len(longest.turns) < i - begin:
-                needed[dialogue.id, begin] = Dialogue(dialogue.id, dialogue.speakers, dialogue.turns[begin:i], ())
-        histories = self.histories if self.fixed is not None and self.args.bank == "base" else {}
-        needed = {key: one for key, one in needed.items() if len(histories.get(key, ())) <= len(one.turns)}
-        own = share(list(needed))
-        adapter = {"self": "manager", "base": None, "oracle": None}[self.args.bank]
-        built = self.build([needed[key] for key in own], adapter,
-                           "oracle" if self.args.bank == "oracle" else "model", keep_history=True)
-        histories.update(gather([(key, [*one.history, tuple(one.bank)]) for key, one in zip(own, built, strict=True)]))
-        found = []
-        for dialogue, i in places:
-            begin = max(0, i - self.args.window)
-            found.append([(one.text, one.speaker, one.time) for one in histories[dialogue.id, begin][i - begin]])
-        return found
-
-    def build(self, dialogues: Sequence[Dialogue], adapter: str | None, how: str = "model", **options):
-        args = self.args
-        return manager.build_banks(self.policy, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
-                                   args.max_prompt_tokens, args.max_new_tokens, cache=self.facts, **options)
-
-    def episode(self, dialogue: Dialogue, i: int, memories, questions: tuple[Question, ...]) -> Episode:
+    def make_episode(self, dialogue: Dialogue, i: int, memories: Sequence[tuple[str, str, str]]) -> Episode:
         turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
         for memory in memories:
             bank.add(*memory)
-        facts = self.facts[dialogue.id, turn.id] or (turn.text,)  # a linked turn matters, whatever the extractor thinks
-        case = manager.case_of(bank, turn, facts, self.args.top_k)
-        ids, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        return Episode(ids, case, bank, turn, questions, dialogue.speakers, dropped)
-
-    # -------------------------------------------------------------------------------------------- demonstrations
-
-    def demonstrations(self):
-        """The teacher's decisions as prompts and completions; what cannot be carried out as shown is left out."""
-        args, prompts, completions, ops = self.args, [], [], Counter()
-        decisions = on_main(self.hosted_decisions) if self.teacher else self.known_decisions()
-        for case, edits in decisions:
-            ids, case, _ = manager.fit_case(self.policy, case, args.max_prompt_tokens)
-            shown = {None, *(memory.id for memory in case.memories)}
-            if edits and all(edit.id in shown for edit in edits):
-                text = manager.write(edits, case, by_text=is_tiny(args.model))
-                prompts.append(ids)
-                completions.append(self.policy.encode_reply(text))
-                ops.update(edit.event for edit in edits)
-        if not prompts:
-            raise UsageError(f"nothing to clone: none of the teacher's {len(decisions)} outputs can be carried out")
-        return prompts, completions, {"invalid_rate": 1 - len(prompts) / len(decisions), "ops": dict(ops)}
-
-    def known_decisions(self) -> list[tuple[manager.Case, list[manager.Edit]]]:
-        """The known operations of the very episodes that reinforcement would see."""
-        firsts = range(1, self.args.steps + 1, self.args.refresh)
-        return [(episode.case, manager.known_edits(episode.bank, episode.turn))
-                for first in firsts for episode in self.prepare(first)]
-
-    def hosted_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
-        """What a hosted Manager does with every turn, on the banks that it makes itself."""
-        args = self.args
-        dialogues = self.fixed or data.load("synthetic", "train", seed=args.seed,
-                                            count=-(-args.steps * args.batch_size // 20))  # of twenty turns each
-        manager.read_facts(self.policy, dialogues, args.extract, self.facts, args.max_new_tokens)
-        built = manager.build_banks(self.teacher, dialogues, self.embedder, "model", None, args.top_k, cache=self.facts,
-                                    max_new_tokens=args.max_new_tokens, progress=f"teacher: {self.teacher.name}")
-        return [decision for one in built for decision in one.decisions]
+        facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may overlook all of them
+        case = manager.make_case(bank, turn, facts, self.args.top_k)
+        prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+        return Episode(prompt, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers, dropped)
 
     # -------------------------------------------------------------------------------------------- rewards
 
-    def rewards(self, episodes, groups):
-        """The score of the frozen answerer on each candidate's bank; 0 for an output that cannot be carried out."""
-        candidates, rewards, parts = [], torch.zeros(len(episodes), len(groups[0])), {}
-        for i, (episode, group) in enumerate(zip(episodes, groups, strict=True)):
-            for g, completion in enumerate(group):
-                edits = manager.parse(completion.text, episode.case)
-                if edits is not None:
-                    candidates.append((i, g, edits))
-        answers, sizes = self.answers([(episodes[i], edits) for i, _, edits in candidates])
-        scored = iter(divide(self.score, [(question.text, text, question.answer)
-                                          for (i, _, _), given in zip(candidates, answers, strict=True)
-                                          for text, question in zip(given, episodes[i].questions, strict=True)]))
-        for (i, g, _), given in zip(candidates, answers, strict=True):
-            scores = [next(scored) for _ in given]
-            rewards[i, g] = sum(scores) / len(scores) if self.args.linked == "mean" else min(scores)
-            parts[i, g] = [{"question": question.text, "answer": text, "gold": question.answer, self.args.reward: one}
-                           for question, text, one in zip(episodes[i].questions, given, scores, strict=True)]
-        num_outputs = rewards.numel()
-        ops = Counter(edit.event for _, _, edits in candidates for edit in edits)
-        extra = {"invalid_rate": 1 - len(candidates) / num_outputs,
-                 "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
-                 "ops": {event: ops[event] for event in manager.EVENTS}, "bank_size": sum(sizes) / max(1, len(sizes))}
+    def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
+        """Rewards (P, G), 0 for an invalid output; metrics of the step; readable samples."""
+        outputs = {(i, g): edits for i, (episode, group) in enumerate(zip(episodes, groups, strict=True))
+                   for g, completion in enumerate(group)
+                   if (edits := manager.parse(completion.text, episode.case)) is not None}
+        outcomes = self.apply_and_answer(episodes, outputs)
+        rewards = torch.zeros(len(episodes), len(groups[0]))
+        for place, outcome in outcomes.items():
+            rewards[place] = reward_of(outcome.scores, self.args.linked)
+        ops = Counter(edit.event for edits in outputs.values() for edit in edits)
+        metrics = {"invalid_rate": 1 - len(outputs) / rewards.numel(),
+                   "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
+                   "ops": {event: ops[event] for event in manager.EVENTS},
+                   "bank_size": sum(outcome.bank_size for outcome in outcomes.values()) / max(1, len(outcomes))}
         samples = [{"prompt": manager.case_text(episode.case.speaker, episode.case.time, episode.case.shown(),
-                                                episode.case.facts), "completion": group[0].text,
-                    "reward": rewards[i, 0].item(), "parts": parts.get((i, 0), "invalid")}
-                   for i, (episode, group) in enumerate(zip(episodes[:4], groups, strict=False))]
-        return rewards, extra, samples
+                                                episode.case.facts),
+                    "completion": groups[i][0].text, "reward": rewards[i, 0].item(),
+                    "parts": outcomes[i, 0].answers if (i, 0) in outcomes else "invalid"}
+                   for i, episode in enumerate(episodes[:4])]
+        return rewards, metrics, samples
 
-    def answers(self, candidates) -> tuple[list[list[str]], list[int]]:
-        """The frozen answerer's answers to all linked questions on every candidate's bank, and the banks' sizes."""
-        candidates = share(candidates)
-        sizes, asked = {}, {}  # by episode and edits: siblings that edit alike share bank and answers
-        keys = [(id(episode), tuple(edits)) for episode, edits in candidates]
-        for key, (episode, edits) in zip(keys, candidates, strict=True):
-            if key not in asked:
-                fork = episode.bank.fork()
-                manager.apply(fork, edits, episode.turn.speaker, episode.turn.time)
-                sizes[key] = len(fork)
-                asked[key] = [self.ask(fork, question, episode.speakers) for question in episode.questions]
-        flat = iter(answer.answer_all(self.policy, [one for some in asked.values() for one in some],
-                                      self.answer_adapter, self.args.max_answer_tokens))
-        texts = {key: [next(flat).text for _ in some] for key, some in asked.items()}
-        return gather([texts[key] for key in keys]), gather([sizes[key] for key in keys])
+    def apply_and_answer(self, episodes: list[Episode], outputs: dict) -> dict[tuple[int, int], Outcome]:
+        """
+        Apply the edits of each output, {(episode i, output g): edits}, to a fork of the episode's bank; answer the
+        linked questions from it and score the answers. Equal edits of one episode share a fork.
+        """
+        forks = {}  # {(episode i, edits): bank}
+        for (i, _), edits in outputs.items():
+            if (i, tuple(edits)) not in forks:
+                fork = forks[i, tuple(edits)] = episodes[i].bank.fork()
+                manager.apply_edits(fork, edits, episodes[i].turn.speaker, episodes[i].turn.time)
+        asked = [(key, question) for key in forks for question in episodes[key[0]].questions]
+        answers = self.answers([(forks[key], question, episodes[key[0]].speakers) for key, question in asked])
+        triples = [(question.text, text, question.answer) for (_, question), text in zip(asked, answers, strict=True)]
+        outcomes = {key: Outcome(len(fork), [], []) for key, fork in forks.items()}
+        for (key, _), (question, text, gold), score in zip(asked, triples, self.score(triples), strict=True):
+            outcomes[key].scores.append(score)
+            outcomes[key].answers.append({"question": question, "answer": text, "gold": gold, self.args.reward: score})
+        return {(i, g): outcomes[i, tuple(edits)] for (i, g), edits in outputs.items()}
 
-    def ask(self, bank: MemoryBank, question: Question, speakers) -> answer.Asked:
-        args = self.args
-        return answer.ask(self.policy, bank, question.text, speakers, max(1, args.memories // 2), True,
-                          args.named_only, args.floor, args.max_prompt_tokens)
+    def answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[str]:
+        """The frozen Answer Agent's answers to (bank, question, speakers) triples, in one batch."""
+        args, adapter = self.args, "answer" if self.args.answer_adapter else None
+        settings = answer.Settings(memories=args.memories, named_only=args.named_only, floor=args.floor,
+                                   max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_answer_tokens)
+        prompts = [answer.build_prompt(self.policy, bank, question.text, speakers, settings)
+                   for bank, question, speakers in asked]
+        return [one.text for one in answer.generate_answers(self.policy, prompts, adapter, settings.max_new_tokens)]
 
-    # -------------------------------------------------------------------------------------------- held out
+    # -------------------------------------------------------------------------------------------- held-out evaluation
 
     def evaluate(self, when: str, step: int) -> list[dict]:
-        """Banks built from empty on held-out conversations, all asked at the end; baselines with "untrained"."""
+        """Build banks of held-out dialogues, then ask the final questions. Baselines are evaluated with "untrained"."""
         if not self.held_out:
             return []
-        adapter = "manager" if when == "trained" else None
-        results = [self.held_out_result(when, step, "model", adapter)]
-        if self.args.data == "synthetic":
-            unseen = self.held_out_result(when, step, "model", adapter, self.load_held_out("unseen"))
-            results[0]["em_unseen"] = unseen["em"]
+        dialogues, is_synthetic = self.held_out, self.args.data == "synthetic"
+        build = partial(manager.build_banks, self.trained if when == "trained" else self.base,
+                        embedder=self.embedder, progress=f"held out: {when}")
+        results = {when: self.ask_finally(dialogues, build(dialogues))}
+        if is_synthetic:
+            unseen = held_out_dialogues(self.args, "unseen")
+            results[when]["em_unseen"] = self.ask_finally(unseen, build(unseen))["em"]
         if when == "untrained":
-            baselines = ["add-all", "noop", *(["oracle"] if self.args.data == "synthetic" else [])]
-            results += [self.held_out_result(name, step, how=name) for name in baselines]
-        return results
+            baselines = {"add-all": manager.add_all_banks(dialogues, self.embedder, self.base.facts),
+                         "noop": manager.noop_banks(dialogues, self.embedder)}
+            if is_synthetic:
+                baselines["oracle"] = manager.oracle_banks(dialogues, self.embedder)
+            results |= {name: self.ask_finally(dialogues, builds) for name, builds in baselines.items()}
+        return [{"step": step, "eval": name, **result} for name, result in results.items()]
 
-    def held_out_result(self, name: str, step: int, how: str, adapter: str | None = None, dialogues=None) -> dict:
-        dialogues = dialogues or self.held_out
-        built = self.build(dialogues, adapter, how, progress=f"held out: {name}")
-        questions = [(one.bank, question, dialogue.speakers) for one, dialogue in zip(built, dialogues, strict=True)
-                     for question in dialogue.final_questions()]
-        answers = answer.answer_all(self.policy, [self.ask(*item) for item in questions], self.answer_adapter,
-                                    self.args.max_answer_tokens)
-        pairs = [(given.text, question.answer) for given, (_, question, _) in zip(answers, questions, strict=True)]
-        return {"step": step, "eval": name, **answer.mean_scores(pairs), **manager.bank_report(built)}
+    def ask_finally(self, dialogues: Sequence[Dialogue], builds: Sequence[manager.BankBuild]) -> dict:
+        """The scores of the final questions, and a report on the banks that they were answered from."""
+        asked = [(build.bank, question, dialogue.speakers) for build, dialogue in zip(builds, dialogues, strict=True)
+                 for question in dialogue.final_questions()]
+        pairs = [(text, question.answer) for text, (_, question, _) in zip(self.answers(asked), asked, strict=True)]
+        return {**answer.mean_scores(pairs), **manager.bank_report(builds)}
+
+    # -------------------------------------------------------------------------------------------- demonstrations (sft)
+
+    def demonstrations(self) -> tuple[list[list[int]], list[list[int]], dict]:
+        """Prompts, the teacher's completions, and a report. Edits of memories that a prompt dropped are left out."""
+        prompts, completions, ops = [], [], Counter()
+        decisions = self.teacher_decisions() if self.teacher else self.reference_decisions()
+        for case, edits in decisions:
+            prompt, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+            if edits and {edit.id for edit in edits} <= {None, *(memory.id for memory in case.memories)}:
+                text = manager.format_edits(edits, case, by_text=is_tiny(self.args.model))
+                prompts.append(prompt)
+                completions.append(self.policy.encode_reply(text))
+                ops.update(edit.event for edit in edits)
+        if not prompts:
+            raise UsageError(f"nothing to clone: none of the teacher's {len(decisions)} outputs can be applied")
+        return prompts, completions, {"invalid_rate": 1 - len(prompts) / len(decisions), "ops": dict(ops)}
+
+    def reference_decisions(self) -> list[tuple[manager.Case, list[manager.Edit]]]:
+        """The reference operations of the episodes that reinforcement learning would see."""
+        return [(episode.case, manager.oracle_edits(episode.bank, episode.turn))
+                for first in range(1, self.args.steps + 1, self.args.refresh) for episode in self.make_pool(first)]
+
+    def teacher_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
+        """The edits of a hosted Manager for every turn, on the banks that it builds itself."""
+        count = math.ceil(self.args.steps * self.args.batch_size / 20)  # synthetic dialogues of 20 turns
+        dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed, count=count)
+        self.base.read_facts(dialogues)
+        teacher = replace(self.base, policy=self.teacher, settings=replace(self.base.settings, max_prompt_tokens=None))
+        builds = manager.build_banks(teacher, dialogues, self.embedder, progress=f"teacher: {self.teacher.name}")
+        return [decision for build in builds for decision in build.decisions]
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
-                    epilog="example: python train_manager.py --algo grpo --steps 40 --out runs/mine")
-    add_shared_flags(parser, "manager")
-    own = parser.add_argument_group("the Manager's task")
-    own.add_argument("--window", type=int, default=50, help="turns the bank before a turn is built from (50)")
-    own.add_argument("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
-    own.add_argument("--bank", choices=("self", "base", "oracle"),
-                     help="who builds the bank before a turn: the Manager as it is, the base model, or the known "
-                          "operations (synthetic: oracle, real data: base)")
-    own.add_argument("--answer-adapter", metavar="DIR", help="adapter of the frozen answerer (none: the base model)")
-    own.add_argument("--max-answer-tokens", type=int, help="of its answers (48; other models 256)")
-    own.add_argument("--linked", choices=("mean", "all"),
-                     help="reward: the mean of the linked questions' scores, or for all the lowest: 1 only if all are "
-                          "right (synthetic: all, real data: mean)")
-    own.add_argument("--refresh", type=int, default=5, help="steps until banks are built anew (5)")
-    own.add_argument("--teacher", choices=("known", "endpoint"), default="known",
-                     help="sft: whom to clone: the known operations, or a hosted model as Manager (MANAGER_URL, "
-                          "MANAGER_MODEL, MANAGER_API_KEY in the environment; its replies are kept) (known)")
-    args = fill_defaults(parser.parse_args(argv))
-    if args.algo == "sft" and args.teacher == "known" and args.data != "synthetic":
+    """The settings of a run, from the command line and the presets above."""
+    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags,
+                     **({"teacher": TeacherFlags} if algo == "sft" else {"reward": ManagerRewardFlags})}
+              for algo, algorithm in ALGORITHMS.items()}
+    presets = {"data": REAL_DATA, "model": REAL_MODEL}
+    args = parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
+    if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no known operations to clone; add --teacher endpoint")
-    if args.bank == "oracle" and args.data != "synthetic":
-        parser.error("--bank oracle needs known operations, which only --data synthetic has")
+    if args.data != "synthetic" and args.bank == "oracle":
+        raise UsageError("--bank oracle needs known operations, which only --data synthetic has")
     return args
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
-    on_main(check_out, args)
+    rank0_result(check_out, args)
     seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
-        check_distill(args.answer_adapter)
+        check_distill(args.answer_adapter, True)
         policy.load_adapter("answer", args.answer_adapter)
     policy.add_adapter("manager", args.rank, args.alpha)
-    train({"grpo": grpo, "ppo": ppo, "sft": sft}[args.algo], policy, ManagerTask(policy, args), args)
-    if is_main():
+    run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)
+    if is_rank0():
         plot_run(args.out)
 
 
 if __name__ == "__main__":
-    exit_cleanly(together(main), go_on=GO_ON)
+    exit_cleanly(distributed_main(main), resume_hint=RESUME_HINT)

@@ -46,6 +46,7 @@ def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
         if distributed.is_rank0():
             with disk_errors(run.folder):
                 policy.save_adapter(adapter, run.folder / "adapter")
+        distributed.seed_step(config.seed, config.steps + 1)  # the same numbers if a run resumes here
         run.report(task.evaluate("trained", config.steps))
 
 

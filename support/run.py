@@ -17,12 +17,12 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
 import signal
 import sys
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,6 +87,15 @@ def read_rows(path: str | Path) -> list[dict]:
         with suppress(ValueError):
             rows.append(json.loads(line) if line.endswith(b"\n") else None)
     return [row for row in rows if isinstance(row, dict)]
+
+
+def read_checkpoint(path) -> tuple[int, dict]:
+    """(step, state) of a file that `Run.save` wrote. Raises an exception of any kind if a byte of it has changed."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not verify the checksums that torch.save wrote
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.pop("step"), state
 
 
 def to_json_safe(value):
@@ -294,7 +303,7 @@ class Run:
         with disk_errors(self.folder):
             path.parent.mkdir(exist_ok=True)
             write_file(path, content.getvalue())
-            for other in self.checkpoints():
+            for other in self.checkpoints() if path != self.intact else []:  # a step saved again replaces itself
                 if other not in (path, self.intact):
                     other.unlink(missing_ok=True)
         self.intact = path
@@ -304,10 +313,8 @@ class Run:
         damaged = []
         for path in reversed(self.checkpoints()):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                step = state.pop("step")
-            except (OSError, ValueError, KeyError, AttributeError, RuntimeError, EOFError,
-                    pickle.UnpicklingError) as error:
+                step, state = read_checkpoint(path)
+            except Exception as error:  # many kinds, depending on which byte is wrong
                 damaged.append(f"{path} is damaged ({' '.join(str(error).split())[:200]})")
                 continue
             for text in damaged:

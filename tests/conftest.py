@@ -1,4 +1,4 @@
-"""What several tests share: policies that answer by a rule or spell letter by letter at random, a server of our own."""
+"""Shared by several tests: policies that follow a rule or sample letters at random, and a local server."""
 import json
 import socket
 import string
@@ -8,11 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from tiny_models import save_models, wake_adapter
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from toys import letter_policy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from policy import Completion, Policy
-from support.judge import Endpoint
+from support.endpoint import Endpoint
 
 SPECIAL = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
@@ -20,7 +22,7 @@ TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<
 
 
 class Fake:
-    """A policy whose completions are rule(messages), its tokens words. It remembers what it was asked, and as whom."""
+    """A policy whose completions are rule(messages) and whose tokens are words. It records its calls."""
 
     def __init__(self, rule=lambda messages: ""):
         self.rule, self.words, self.chats, self.role = rule, {}, {}, "nobody"
@@ -72,24 +74,41 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(tiny_folder):
-    """A fresh policy with one adapter, "agent", that already changes something."""
-    def load(b=0.2):
-        policy = Policy.load(tiny_folder, device="cpu")
-        torch.manual_seed(1)
-        policy.add_adapter("agent", rank=4, alpha=8)
-        for parameter in policy.parameters("agent")[1::2]:
-            torch.nn.init.normal_(parameter, std=b)
+    """tiny(b=0.2): a new policy with one adapter, "agent", whose B has this standard deviation."""
+    return lambda b=0.2: letter_policy(tiny_folder, b)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """A folder with a subfolder for each model family of tiny_models.CONFIGS."""
+    root = tmp_path_factory.mktemp("models")
+    save_models(root)
+    return root
+
+
+@pytest.fixture
+def load(model_folders):
+    """load(kind, adapters): a policy on a random model of this family, with adapters that change something."""
+    def load(kind="qwen2", adapters=("manager",), **options):
+        torch.set_num_threads(1)  # with models this small, threads only wait for each other
+        policy = Policy.load(model_folders / kind, device="cpu", **options)
+        for i, name in enumerate(adapters):
+            torch.manual_seed(100 + i)
+            policy.add_adapter(name, rank=4, alpha=8)
+            wake_adapter(policy, name)
         return policy
-    torch.set_num_threads(1)
     return load
 
 
 class Backlog(ThreadingHTTPServer):
-    request_queue_size = 64  # with five, the eight that come at once would wait a second
+    request_queue_size = 64  # with the default of 5, some of 8 concurrent requests would wait for a second
 
 
 class Server:
-    """Answers each POST by script[i] for request i, then by `rule`: a (status, headers, body) or a function."""
+    """
+    Answers request i with script[i], later requests with `rule`. Both are a text, a (status, headers, body) or a
+    function of the messages that returns one of these, or None to drop the connection.
+    """
 
     def __init__(self, script, rule, key):
         self.script, self.rule, self.key, self.requests, self.lock = list(script), rule, key, [], threading.Lock()
@@ -98,35 +117,43 @@ class Server:
     def answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self.lock:
-            self.requests.append({"path": handler.path, "headers": dict(handler.headers), **body})
+            self.requests.append({"path": handler.path, "headers": headers_of(handler), **body})
             action = self.script.pop(0) if self.script else self.rule
             self.num_open += 1
             self.most_open = max(self.most_open, self.num_open)
         reply = action(body["messages"]) if callable(action) else action
         with self.lock:
             self.num_open -= 1
-        if reply is None:  # drops the connection
+        if reply is None:
             handler.connection.shutdown(socket.SHUT_RDWR)
             return
-        status, headers, content = reply if isinstance(reply, tuple) else (200, {}, said(reply))
+        status, headers, content = reply if isinstance(reply, tuple) else (200, {}, completion_of(reply))
         handler.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        defaults = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
+        for name, value in {**defaults, **headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(content)
 
     def endpoint(self, **options):
-        options = {"pauses": (0.01, 0.01, 0.01, 0.01), "timeout": 5, "key": self.key, **options}
-        return Endpoint(self.url, "judge-1", **options)
+        return Endpoint(self.url, "judge-1", **{"timeout": 5, "key": self.key, **options})
 
 
-def said(text):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+def headers_of(handler):
+    return {name.title(): value for name, value in handler.headers.items()}
+
+
+def completion_of(text, finish_reason="stop"):
+    """The body of a chat completion."""
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
+    return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(*script, rule=...) starts a Server on a free port."""
+    """serve(*script, rule=...) starts a Server on a free port. Clients repeat a failed request after 10 ms."""
+    pytest.importorskip("openai", reason="hosted models need the openai package")
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = []
 
@@ -138,10 +165,10 @@ def serve(monkeypatch):
                 try:
                     server.answer(self)
                 except OSError:
-                    pass  # the client has left
+                    pass  # the client has closed the connection
 
             def do_GET(self):
-                server.requests.append({"path": self.path, "headers": dict(self.headers)})
+                server.requests.append({"path": self.path, "headers": headers_of(self)})
                 self.send_error(404)
 
             def log_message(self, *_):

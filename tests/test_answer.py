@@ -1,4 +1,4 @@
-"""The Answer Agent's retrieval, prompt and parser by hand and under fire; its metrics against Mem0's own numbers."""
+"""The Answer Agent's retrieval, prompt and parser by hand and on random text; its metrics against Mem0's numbers."""
 import json
 import time
 from pathlib import Path
@@ -9,7 +9,21 @@ from hypothesis import strategies as st
 from mutations import CASES, FUZZ
 
 import answer
-from answer import Answer, ask, bleu1, by_speaker, exact_match, f1, messages, normalize, parse, retrieve, speakers_asked
+from answer import (
+    Answer,
+    Settings,
+    bleu1,
+    build_prompt,
+    by_speaker,
+    exact_match,
+    f1,
+    generate_answers,
+    messages,
+    normalize,
+    parse,
+    retrieve,
+    speakers_asked,
+)
 from memory import Memory, MemoryBank, make_embedder
 
 HASH = make_embedder("hash")
@@ -26,8 +40,6 @@ def talk(num_each):
             bank.add(f"{speaker} spoke of a {what}.", speaker, f"{i + 1} May 2023")
     return bank
 
-
-# --- retrieval and prompt ---
 
 def test_prompt_by_hand():
     memories = [Memory(7, "Jon drives a Kia\ncar.", "Jon", "3 June 2023"), Memory(5, "Gina sings.", "Gina", ""),
@@ -82,43 +94,58 @@ def test_retrieve_gives_the_best_of_each_speaker():
     assert retrieve(bank, question, PAIR, 30, floor=2.0) == [] == retrieve(MemoryBank(HASH), question, PAIR, 30)
 
 
-def test_ask_drops_the_lowest_ranked_and_shows_what_it_kept(fake):
+def test_a_prompt_drops_the_lowest_ranked_and_shows_what_it_kept(fake):
     bank, question, policy = talk(6), "Which dog does Jon speak of?", fake()
     ranked = [memory for memory, _ in retrieve(bank, question, PAIR, 4)]
-    whole = ask(policy, bank, question, PAIR, 4)
+    whole = build_prompt(policy, bank, question, PAIR, Settings(memories=8, max_prompt_tokens=None))
     assert whole.dropped == 0 and len(whole.shown) == len(ranked) == 8
     for limit in range(0, len(whole.prompt) + 3, 7):
-        asked = ask(policy, bank, question, PAIR, 4, max_prompt_tokens=limit)
-        kept = ranked[:len(ranked) - asked.dropped]
-        assert asked.shown == [memory for own in by_speaker(kept, PAIR).values() for memory in own]
-        assert policy.chats[tuple(asked.prompt)] == messages(kept, PAIR, question)
-        assert not limit or len(asked.prompt) <= limit or not kept
-        assert f"question: {question}" in policy.chats[tuple(asked.prompt)][1]["content"]
+        prompt = build_prompt(policy, bank, question, PAIR, Settings(memories=8, max_prompt_tokens=limit))
+        kept = ranked[:len(ranked) - prompt.dropped]
+        assert prompt.shown == [memory for own in by_speaker(kept, PAIR).values() for memory in own]
+        assert policy.chats[tuple(prompt.prompt)] == messages(kept, PAIR, question)
+        assert not limit or len(prompt.prompt) <= limit or not kept
+        assert f"question: {question}" in policy.chats[tuple(prompt.prompt)][1]["content"]
     lines = policy.chats[tuple(whole.prompt)][1]["content"].splitlines()
     for number, memory in enumerate(whole.shown, 1):  # the numbers of the prompt are places in `shown`
         assert f"{number} ({memory.time}) {memory.text}" in lines
 
 
+@pytest.mark.parametrize("memories, shown", [(1, 2), (2, 2), (3, 2), (7, 6), (60, 12)])
+def test_half_of_the_memories_are_each_speakers(fake, memories, shown):
+    prompt = build_prompt(fake(), talk(6), "Which dog?", PAIR, Settings(memories=memories, max_prompt_tokens=None))
+    assert len(prompt.shown) == shown == 2 * sum(memory.speaker == "Jon" for memory in prompt.shown)
+
+
+def test_the_settings_reach_retrieval_and_prompt(fake):
+    bank, question, policy = talk(6), "Which dog does Jon speak of?", fake()
+    floor = retrieve(bank, question, PAIR, 4)[2][1]
+    settings = Settings(memories=8, distill=False, named_only=True, floor=floor)
+    prompt = build_prompt(policy, bank, question, PAIR, settings)
+    expected = [memory for memory, _ in retrieve(bank, question, PAIR, 4, named_only=True, floor=floor)]
+    assert prompt.shown == sorted(expected, key=lambda memory: memory.id) and 0 < len(expected) < 4
+    assert policy.chats[tuple(prompt.prompt)] == messages(expected, PAIR, question, distill=False)
+
+
 def test_answers_in_order_by_the_named_role(fake):
     words = ["red", "blue", "red"]
     policy = fake(lambda messages: "relevant: 1\nanswer: " + messages[1]["content"].splitlines()[-2].split()[1])
-    asked = [ask(policy, talk(2), word, PAIR, 2) for word in words]
-    assert answer.answer_all(policy, asked, "answer", 33) == [Answer(word, (1,), True) for word in words]
+    prompts = [build_prompt(policy, talk(2), word, PAIR, Settings(memories=4)) for word in words]
+    assert generate_answers(policy, prompts, "answer", 33) == [Answer(word, (1,), True) for word in words]
     assert policy.calls == [("answer", 3, (1, 33, 0))] and policy.role == "nobody"
-    assert answer.answer_all(policy, [], "answer", 33) == [] and len(policy.calls) == 1
+    assert generate_answers(policy, [], "answer", 33) == [] and len(policy.calls) == 1
 
 
 def test_identical_prompts_are_answered_once(tiny):
-    policy, shapes = tiny(), []
-    asked = [ask(policy, MemoryBank(HASH), question, PAIR, 2) for question in ("Why?", "How?", "Why?", "Why?")]
+    policy, shapes, settings = tiny(), [], Settings(memories=4, max_prompt_tokens=None)
+    prompts = [build_prompt(policy, MemoryBank(HASH), question, PAIR, settings)
+               for question in ("Why?", "How?", "Why?", "Why?")]
     forward = policy.model.forward
     policy.model.forward = lambda **inputs: (shapes.append(tuple(inputs["input_ids"].shape)), forward(**inputs))[1]
-    answers = answer.answer_all(policy, asked, "agent", 3)
+    answers = generate_answers(policy, prompts, "agent", 3)
     assert shapes[0][0] == 2 and all(rows <= 2 for rows, _ in shapes)
     assert answers[0] == answers[2] == answers[3]
 
-
-# --- parsing ---
 
 @pytest.mark.parametrize("completion, expected", [
     ("relevant: 2, 5\nanswer: a beach in Spain", Answer("a beach in Spain", (2, 5), True)),
@@ -182,8 +209,6 @@ def test_a_megabyte_is_read_at_once(unit):
     assert time.process_time() - begin < 0.3
 
 
-# --- metrics ---
-
 @pytest.mark.parametrize("text, expected", [
     ("7 May, 2023.", "7 may 2023"), ("  The Beach!  ", "beach"), ("a dog and an ox", "dog and ox"),
     ("theatre", "theatre"), ("“Nothing is Impossible”", "nothing is impossible"), ("Melanie’s kids", "melanies kids"),
@@ -239,7 +264,7 @@ def test_f1_is_that_of_mem0(rows):
 
 
 def test_exact_match_is_milder_than_that_of_mem0(rows):
-    """It forgives all that Mem0's forgives, but for answers of punctuation alone, and these formats beyond."""
+    """Ours accepts what Mem0's accepts, except answers of punctuation alone, and these formats in addition."""
     ours = {tag for tag, prediction, reference, _ in rows if exact_match(prediction, reference)}
     theirs = {tag for tag, _, _, oracle in rows if oracle["mem0_em"]}
     assert theirs - ours == {"punct-only-same"}

@@ -1,4 +1,4 @@
-"""Every file run on its own: what it prints is what it did; a chat goes on where it stopped; help, slips of the pen."""
+"""Every file run on its own: its output says what it did; a chat continues its bank; help texts and wrong flags."""
 import io
 import json
 import os
@@ -20,6 +20,7 @@ import train_manager
 from data import UsageError
 from memory import MemoryBank, make_embedder
 from policy import Policy
+from support.terminal import wrap_for_terminal
 
 ROOT = Path(__file__).parents[1]
 TALK = """\
@@ -46,8 +47,6 @@ def shell(*command, stdin="", **options):
     return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], input=stdin, text=True,
                           capture_output=True, timeout=300, **options)
 
-
-# ------------------------------------------------------------------------------------------------ stages
 
 def test_memory_shows_a_bank_a_search_and_a_fork():
     ran = shell("memory.py")
@@ -78,8 +77,6 @@ def test_an_algorithm_learns_its_toy(algorithm, capsys):
     begins = [text[0].isupper() for text in re.findall(r"'([^']+)'(?:   |$)", trained)]
     assert trained.startswith("trained") and sum(begins) >= 3 == len(begins) - 1
 
-
-# ------------------------------------------------------------------------------------------------ the two agents
 
 def carried_out(printed):
     """The texts of a bank after the operations that were printed, with their lines unwrapped."""
@@ -112,11 +109,11 @@ def test_the_manager_reads_a_transcript(capsys):
     memories = list(saved("bank.json"))
     assert carried_out(printed) == [memory.text for memory in memories] and len(memories) >= 2
     assert f"the bank: {len(memories)} memories\n" in printed and "python answer.py bank.json" in printed
-    with pytest.raises(UsageError, match="--out bank.json: is there already"):
+    with pytest.raises(UsageError, match="--out bank.json: already exists"):
         manager.main(["talk.txt", "--out", "bank.json"])
 
 
-def test_some_talk_without_a_file(capsys):
+def test_a_synthetic_dialogue_without_a_file(capsys):
     manager.main([])
     printed = capsys.readouterr().out
     assert len(re.findall(r"^\w+: ", printed, re.MULTILINE)) == 20 and f"{len(carried_out(printed))} memor" in printed
@@ -192,13 +189,11 @@ def test_from_the_shell_with_the_tiny_model():
 def test_colours_are_for_people_only(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert manager.screen("a", colour=32) == "\033[32ma\033[0m" and manager.screen("a") == "a"
+    assert wrap_for_terminal("a", colour=32) == "\033[32ma\033[0m" and wrap_for_terminal("a") == "a"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert manager.screen("a", colour=32) == "a"
-    assert manager.screen("\033[2Ja\ud800b\tc") == "?[2Ja?b?c"
+    assert wrap_for_terminal("a", colour=32) == "a"
+    assert wrap_for_terminal("\033[2Ja\ud800b\tc") == "?[2Ja?b?c"
 
-
-# ------------------------------------------------------------------------------------------------ a transcript as data
 
 def test_a_transcript_trains_and_evaluates(capsys):
     turns = [{"speaker": name, "text": text} for name, text in re.findall(r"(?m)^(\w+): (.*)", TALK)]
@@ -220,8 +215,6 @@ def test_a_transcript_trains_and_evaluates(capsys):
     assert "1 questions about 1 x 4 turns" in (printed := capsys.readouterr().out) and "31 your own" in printed
 
 
-# ------------------------------------------------------------------------------------------------ help
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_fits_eighty_columns_and_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -237,7 +230,7 @@ def test_help_fits_eighty_columns_and_has_an_example(name, capsys):
     ("evaluate --system ragg", "rag"), ("manager --adaptor x", "--adapter"), ("answer x --mangaer y", "--manager"),
     ("grpo --hepl", "--help"), ("ppo --zzzzzz", ""),
 ])
-def test_a_slip_costs_one_line_that_names_what_was_meant(command, meant, capsys):
+def test_a_wrong_flag_gives_one_line_with_a_suggestion(command, meant, capsys):
     script, *flags = command.split()
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[script].main(flags)

@@ -1,20 +1,20 @@
-"""GRPO by hand, against a double loop and autograd; a toy that learns; runs that are killed and resumed."""
+"""GRPO by hand, against a double loop and autograd; a toy that learns; runs that are stopped and resumed."""
 import math
-import random
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import encode_texts, files_of, letter_policy, rows_of, run_letters, stop
 
 import grpo
-from grpo import Config, group_advantages, grpo_loss, kl_k3, rollouts_of, train, update
-from support.run import Run, read_rows, seed_everything
+from grpo import Config, group_advantages, grpo_loss, kl_k3, make_rollouts, update
+from support.run import read_rows
 
-PROMPTS = ["Hi", "What is it?", "Spell a word"]
+TEXTS = ["Hi", "What is it?", "Spell a word"]
 G = 4
-FREE = dict(grad_clip=1e9, group_size=G, max_new_tokens=7, temperature=0.8)  # no gradient is cut
+FREE = dict(grad_clip=1e9, group_size=G, max_new_tokens=7, temperature=0.8, loss_mean="completion")  # no clipped norm
 
 
 # --- the pure functions ---
@@ -24,17 +24,17 @@ def test_advantages_by_hand():
     found = group_advantages(rewards)
     a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (math.sqrt(2 / 3) + 1e-4)  # standard deviations over G - 1
     torch.testing.assert_close(found, torch.tensor([[a, -a, -a, a], [b, -b, 0, 0]]), atol=1e-6, rtol=0)
-    assert torch.equal(found[1], group_advantages(rewards[1:])[0]), "each group for itself"
+    assert torch.equal(found[1], group_advantages(rewards[1:])[0]), "groups do not influence each other"
 
 
 @given(st.floats(0, 1, width=32), st.integers(2, 16))
 @settings(deadline=None, derandomize=True)
-def test_equal_rewards_teach_nothing(reward, group_size):
+def test_equal_rewards_give_no_advantage(reward, group_size):
     assert not group_advantages(torch.full((1, group_size), reward)).any()
 
 
-def test_equal_rewards_that_no_float_hits():
-    """A mean over three questions, or an F1: eight times 1/3 is no lesson either."""
+def test_equal_rewards_whose_float_mean_differs():
+    """The mean of eight times 1/3 is not 1/3 in floats."""
     assert not group_advantages(torch.full((2, 8), 1 / 3)).any()
     assert not group_advantages(torch.full((2, 8), 0.1)).any()
 
@@ -43,7 +43,7 @@ def test_equal_rewards_that_no_float_hits():
     (1, 0.5, 0.5, 0.5), (1, 2.0, 1.2, 0.0), (-1, 0.5, -0.8, 0.0), (-1, 2.0, -2.0, -2.0),
     (1, 1.1, 1.1, 1.1), (-1, 0.9, -0.9, -0.9)])
 def test_sign_table_of_the_clip(A, rho, value, slope):
-    """J and its slope in log pi: a good token is not pushed beyond 1.2, a bad one not below 0.8; all else is."""
+    """J and its gradient in log pi: 0 if the ratio of a good token exceeds 1.2 or that of a bad one is below 0.8."""
     logp = torch.tensor([[math.log(rho)]], requires_grad=True)
     advantages, mask = torch.tensor([float(A)]), torch.ones(1, 1)
     losses, kl, is_clipped = grpo_loss(logp, torch.zeros(1, 1), None, advantages, mask, 0.2, 0.5)
@@ -67,7 +67,7 @@ def test_k3_is_zero_at_equality_never_negative_and_unbiased():
 
 
 def numbers(seed=0, N=6, C=5):
-    """Log-probs whose ratios leave the band on both sides, advantages of both signs, rows of all lengths."""
+    """Log-probs with ratios outside the clip range on both sides, advantages of both signs, rows of all lengths."""
     generator = torch.Generator().manual_seed(seed)
     logp_old, logp_ref = (-3 * torch.rand(N, C, generator=generator) for _ in range(2))
     logp = logp_old + 0.4 * torch.randn(N, C, generator=generator)
@@ -102,7 +102,7 @@ def test_loss_and_slope_equal_a_double_loop():
     assert cut > 3
 
 
-def test_masked_positions_change_nothing_and_rows_may_change_places():
+def test_masked_positions_and_the_order_of_rows_change_nothing():
     logp, logp_old, logp_ref, advantages, mask = numbers()
     losses, slopes, *_ = loss_and_slope(logp, logp_old, logp_ref, advantages, mask)
     noise = 5 * torch.randn(3, *mask.shape, generator=torch.Generator().manual_seed(9)) * (1 - mask)
@@ -113,50 +113,51 @@ def test_masked_positions_change_nothing_and_rows_may_change_places():
     assert torch.equal(moved[0], losses[order]) and torch.equal(moved[1], slopes[order])
 
 
+def test_a_mean_over_tokens_weighs_long_completions_more():
+    """Ratio 1 and A = 1: rows of 1 and 3 tokens give -1 each by the published mean; over tokens -1/2 and -3/2."""
+    logp, mask = torch.zeros(2, 3), torch.tensor([[1., 0, 0], [1, 1, 1]])
+    published, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0)
+    over_tokens, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0, mean_length=2.0)
+    assert published.tolist() == [-1, -1] and over_tokens.tolist() == [-0.5, -1.5]
+
+
 # --- the update ---
 
-class Catch:
-    """An optimizer that keeps the gradients it is given and moves nothing: the ratio stays 1."""
-
-    def __init__(self, parameters):
-        self.parameters, self.slopes = parameters, []
-
-    def zero_grad(self, set_to_none=True):
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def step(self):
-        self.slopes.append(torch.cat([parameter.grad.flatten().clone() for parameter in self.parameters]))
+REWARDS = torch.tensor([[1.0, 0, 0.5, 0], [0, 0, 1, 0], [0.2, 0.4, 0.6, 0.9]])
+ONE_EQUAL = torch.tensor([[1.0, 0, 0.5, 0], [1, 1, 1, 1], [0.2, 0.4, 0.6, 0.9]])
 
 
-def sampled(policy, rewards):
+def sampled(policy, rewards=REWARDS, **options):
     """Rollouts of the tiny policy with given rewards (P, G)."""
-    prompts = [policy.encode([{"role": "user", "content": text}]) for text in PROMPTS[:len(rewards)]]
+    prompts, config = encode_texts(policy, TEXTS), Config(**FREE | options)
     torch.manual_seed(3)
     with policy.using("agent"):
-        groups = policy.sample(prompts, G, FREE["max_new_tokens"], FREE["temperature"])
-    return rollouts_of(prompts, groups, rewards, policy.device)
+        groups = policy.sample(prompts, G, config.max_new_tokens, config.temperature)
+    return make_rollouts(policy, prompts, groups, rewards, config)
 
 
-def slope_of(policy, rollouts, **options):
-    catch = Catch(policy.parameters("agent"))
-    stats = update(policy, catch, rollouts, "agent", Config(**FREE | options), random.Random(0))
-    return torch.stack(catch.slopes).mean(0), stats
+def gradient_of(policy, rollouts, **options):
+    """The mean gradient of an update's optimizer steps, which change nothing, so the ratio stays 1; its metrics."""
+    gradients, optimizer = [], torch.optim.SGD(policy.named_parameters("agent"), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(torch.cat([x.grad.flatten() for x in policy.parameters("agent")])))
+    metrics = update(policy, optimizer, rollouts, "agent", Config(**FREE | options), 1)
+    return torch.stack(gradients).mean(0), metrics
 
 
 def plain_logps(policy, prompt, completion):
-    """One completion by transformers' own forward, every token's log-prob with autograd through everything."""
+    """Log-probs of one completion's tokens by transformers' own forward pass, with autograd through everything."""
     logits = policy.model(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1:-1]
     return (logits / FREE["temperature"]).log_softmax(-1)[range(len(completion)), completion]
 
 
-REWARDS = torch.tensor([[1.0, 0, 0.5, 0], [0, 0, 1, 0], [0.2, 0.4, 0.6, 0.9]])
-
-
+@pytest.mark.parametrize("loss_mean", ["completion", "token"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_with_ratio_1_the_gradient_is_that_of_reinforce_with_a_group_baseline(tiny, beta):
-    policy = tiny()
-    rollouts = sampled(policy, REWARDS)
+def test_with_ratio_1_the_gradient_is_that_of_reinforce_with_a_group_baseline(tiny, beta, loss_mean):
+    policy, options = tiny(), dict(beta=beta, loss_mean=loss_mean)
+    rollouts = sampled(policy, **options)
+    lengths = [len(completion) for group in rollouts.completions for completion in group]
+    assert rollouts.kept == 1 and rollouts.mean_length == pytest.approx(sum(lengths) / len(lengths))
     J = 0
     for p, prompt in enumerate(rollouts.prompts):
         for g, completion in enumerate(rollouts.completions[p]):
@@ -166,24 +167,25 @@ def test_with_ratio_1_the_gradient_is_that_of_reinforce_with_a_group_baseline(ti
             with policy.using("agent"):
                 logp = plain_logps(policy, prompt, completion)
             kl = (logp_ref - logp).exp() - (logp_ref - logp) - 1
-            J = J + (A * logp - beta * kl).mean() / REWARDS.numel()
-    expected = torch.cat([slope.flatten() for slope in torch.autograd.grad(-J, policy.parameters("agent"))])
-    found, stats = slope_of(policy, rollouts, beta=beta)
+            length = len(completion) if loss_mean == "completion" else rollouts.mean_length
+            J = J + (A * logp - beta * kl).sum() / length / REWARDS.numel()
+    expected = torch.cat([x.flatten() for x in torch.autograd.grad(-J, policy.parameters("agent"))])
+    found, metrics = gradient_of(policy, rollouts, **options)
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
-    assert stats["clip_rate"] == 0 and (stats["kl"] > 0) == (beta > 0) and stats["entropy"] > 0
-    assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert metrics["clip_rate"] == 0 and (metrics["kl"] > 0) == (beta > 0) and metrics["skipped"] == 0
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 120])
 def test_micro_batches_change_nothing(tiny, tokens):
     weights = []
     for budget in (10**6, tokens):
-        policy = tiny()
-        rollouts = sampled(policy, REWARDS)
+        policy, options = tiny(), dict(micro_batch_tokens=budget, beta=0.1)
+        rollouts = sampled(policy, **options)
         count = len(policy.micro_batches(rollouts.prompts, rollouts.completions, budget))
-        config = Config(**FREE | dict(micro_batch_tokens=budget, beta=0.1))
-        update(policy, torch.optim.SGD(policy.parameters("agent"), lr=0.1), rollouts, "agent", config, random.Random(0))
+        optimizer = torch.optim.SGD(policy.named_parameters("agent"), lr=0.1)
+        update(policy, optimizer, rollouts, "agent", Config(**FREE | options), 1)
         weights.append((count, [parameter.detach().clone() for parameter in policy.parameters("agent")]))
     assert weights[0][0] == 1 < weights[1][0] == {1: 3, 60: 3, 120: 2}[tokens]
     for a, b, start in zip(weights[0][1], weights[1][1], tiny().parameters("agent"), strict=True):
@@ -191,150 +193,88 @@ def test_micro_batches_change_nothing(tiny, tokens):
         assert (a - start).abs().max() > 1e-4
 
 
-def test_groups_with_equal_rewards_count_and_do_nothing(tiny):
+def test_groups_with_equal_rewards_have_no_gradient_but_count_in_the_mean(tiny):
     policy = tiny()
-    everything = sampled(policy, REWARDS)
-    rewards = REWARDS.clone()
-    rewards[1] = 1.0
-    mixed = sampled(policy, rewards)
-    some, _ = slope_of(policy, mixed, beta=0.0)
-    alone, _ = slope_of(policy, grpo.pick(mixed, [0, 2]), beta=0.0)
+    everything, mixed = sampled(policy), sampled(policy, ONE_EQUAL)
+    prompts = encode_texts(policy, TEXTS)
+    assert mixed.prompts == [prompts[0], prompts[2]] and mixed.kept == pytest.approx(2 / 3)
+    assert mixed.completions == [everything.completions[0], everything.completions[2]]
+    assert mixed.mean_length == everything.mean_length, "the mean length is that of all groups"
+    some, _ = gradient_of(policy, mixed, beta=0.0)
+    alone, _ = gradient_of(policy, replace(mixed, kept=1.0), beta=0.0)
     torch.testing.assert_close(some, alone * 2 / 3, atol=1e-6, rtol=1e-5)  # the mean is over all three groups
-    parts, _ = slope_of(policy, mixed, beta=0.3, minibatch=1)
-    torch.testing.assert_close(parts, slope_of(policy, mixed, beta=0.3)[0], atol=1e-6, rtol=1e-5)
-    parts, _ = slope_of(policy, everything, beta=0.3, minibatch=1)
-    torch.testing.assert_close(parts, slope_of(policy, everything, beta=0.3)[0], atol=1e-6, rtol=1e-5)
-    before = [parameter.detach().clone() for parameter in policy.parameters("agent")]
-    optimizer = torch.optim.AdamW(policy.parameters("agent"), lr=0.1)
-    stats = update(policy, optimizer, sampled(policy, torch.ones(3, G)), "agent", Config(**FREE), random.Random(0))
-    assert all(map(torch.equal, before, policy.parameters("agent"))) and stats["grad_norm"] == 0
+    for rollouts in (mixed, everything):
+        parts, _ = gradient_of(policy, rollouts, beta=0.3, minibatch=1)
+        torch.testing.assert_close(parts, gradient_of(policy, rollouts, beta=0.3)[0], atol=1e-6, rtol=1e-5)
+    assert sampled(policy, torch.ones(3, G)) is None
 
 
-def test_a_step_without_a_lesson_is_no_collapse(tiny):
-    """The policy is almost uniform, whatever the rewards; an entropy of 0 would be that of a collapsed one."""
+def test_a_step_with_equal_rewards_changes_nothing(tiny, tmp_path):
+    """The policy is almost uniform, whatever the rewards; an entropy of 0 would be that of a collapsed policy."""
     policy = tiny()
-    _, usual = slope_of(policy, sampled(policy, REWARDS))
-    stats = update(policy, Catch([]), sampled(policy, torch.ones(3, G)), "agent", Config(**FREE), random.Random(0))
-    assert usual["entropy"] > 2 and (stats.get("entropy") is None or stats["entropy"] > 2)
+    run_letters(policy, tmp_path, grpo, {("rewards", 1): torch.ones_like}, steps=1)
+    _, row, _ = rows_of(tmp_path)
+    assert all(map(torch.equal, policy.parameters("agent"), tiny().parameters("agent")))
+    assert row["zero_std_rate"] == 1 and row["grad_norm"] == row["skipped"] == 0 and row["kl"] is None
+    assert row["entropy"] > 2
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_the_ratio_leaves_1_in_the_second_epoch(tiny, epochs, monkeypatch):
-    policy, far = tiny(), []
+def test_the_ratio_differs_from_1_in_the_second_epoch(tiny, epochs, monkeypatch):
+    policy, distances = tiny(), []
 
     def watched(logp, logp_old, logp_ref, advantages, mask, *rest):
-        far.append(((logp - logp_old).exp() - 1)[mask.bool()].abs().max().item())
+        distances.append(((logp - logp_old).exp() - 1)[mask.bool()].abs().max().item())
         return grpo_loss(logp, logp_old, logp_ref, advantages, mask, *rest)
 
     monkeypatch.setattr(grpo, "grpo_loss", watched)
-    optimizer, config = torch.optim.SGD(policy.parameters("agent"), lr=1.0), Config(**FREE, epochs=epochs)
-    stats = update(policy, optimizer, sampled(policy, REWARDS), "agent", config, random.Random(0))
-    assert len(far) == epochs and far[0] < 1e-5 and all(distance > 0.3 for distance in far[1:])
-    assert (stats["clip_rate"] > 0) == (epochs > 1)
+    optimizer = torch.optim.SGD(policy.named_parameters("agent"), lr=1.0)
+    metrics = update(policy, optimizer, sampled(policy), "agent", Config(**FREE, epochs=epochs), 1)
+    assert len(distances) == epochs and distances[0] < 1e-5 and all(distance > 0.3 for distance in distances[1:])
+    assert (metrics["clip_rate"] > 0) == (epochs > 1)
 
 
+# --- whole runs ---
 
-# --- the loop ---
-
-class Letters:
-    """A toy task: the reward is the share of the letter e. `stop` is a (name, step) at which it is killed."""
-    state = {}
-
-    def __init__(self, policy, stop=None, letter="e"):
-        self.policy, self.stop, self.seen = policy, stop, []
-        self.letter = policy.encode([{"role": "user", "content": letter}])[1]
-
-    def at(self, *place):
-        if place == self.stop:
-            raise KeyboardInterrupt
-
-    def batch(self, step):
-        self.at("batch", step)
-        self.seen.append(step)
-        rng = random.Random(step)
-        texts = ["".join(rng.choices("abc ", k=rng.randint(1, 9))) for _ in range(4)]
-        return [SimpleNamespace(prompt=self.policy.encode([{"role": "user", "content": text}])) for text in texts]
-
-    def rewards(self, episodes, groups):
-        shares = [[c.ids.count(self.letter) / len(c.ids) for c in group] for group in groups]
-        self.at("rewards", self.seen[-1])
-        return torch.tensor(shares), {"invalid_rate": 0.0}, [{"prompt": "p", "completion": groups[0][0].text}]
-
-    def evaluate(self, when, step):
-        self.at("evaluate", step)
-        return [{"step": step, "eval": when, "n": 1, "em": 0.0, "drawn": torch.rand(1).item()}]
-
-
-TOY = Config(steps=6, lr=1e-2, warmup=2, max_new_tokens=8, epochs=2, minibatch=3, checkpoint_every=1)
-
-
-def run_toy(tiny, folder, stop=None, resume=False, config=TOY):
-    """A run from the start as a script does it. Returns its policy, task and lines of metrics."""
-    policy = tiny(b=0.0)
-    seed_everything(5)
-    task = Letters(policy, stop)
-    run = Run(folder, vars(config), resume=resume)
-    if stop:
-        with pytest.raises(KeyboardInterrupt):
-            train(policy, task, run, "agent", config)
-    else:
-        train(policy, task, run, "agent", config)
-    rows = read_rows(folder / "metrics.jsonl")
-    return policy, task, [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+TOY = dict(group_size=8, max_new_tokens=8, epochs=2, minibatch=3)
 
 
 def test_a_toy_is_learned_and_the_base_stays(tiny, tmp_path):
-    base = {name: weight.clone() for name, weight in tiny().model.state_dict().items()}
-    policy, task, rows = run_toy(tiny, tmp_path, config=Config(
-        steps=24, lr=3e-2, warmup=2, beta=0.001, temperature=0.5, max_new_tokens=8, checkpoint_every=100))
+    policy = tiny(b=0.0)
+    base = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    task = run_letters(policy, tmp_path, grpo, steps=24, lr=3e-2, beta=0.001, temperature=0.5, group_size=8,
+                       max_new_tokens=8, minibatch=0, checkpoint_every=100, loss_mean="completion")
+    rows = rows_of(tmp_path)
     steps = [row for row in rows if "eval" not in row]
     assert [row["step"] for row in steps] == list(range(1, 25)) == task.seen
     assert [row.get("eval") for row in rows] == ["untrained", *[None] * 24, "trained"]
     first, last = (sum(row["reward"] for row in some) / 3 for some in (steps[:3], steps[-3:]))
     assert first < 0.1 and last > 0.5, (first, last)
-    expected = [0.015, *(0.03 * left / 24 for left in range(23, 0, -1))]  # two steps of warm-up, then down in a line
+    expected = [0.015, *(0.03 * left / 24 for left in range(23, 0, -1))]  # two steps of warmup, then linear decay
     assert [row["lr"] for row in steps] == pytest.approx(expected, rel=1e-5)
     assert {"reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
-            "completion_tokens", "invalid_rate"} <= steps[0].keys()
+            "completion_tokens", "unfinished_rate", "invalid_rate"} <= steps[0].keys()
     assert abs(steps[0]["kl"] or 0) < 1e-6 and steps[-1]["kl"] > 0.1 and steps[-1]["entropy"] < 1
     after = policy.model.state_dict()
     assert base.keys() == after.keys() and all(torch.equal(base[name], after[name]) for name in base)
     policy.load_adapter("again", tmp_path / "adapter")
     assert all(map(torch.equal, policy.parameters("agent"), policy.parameters("again")))
-    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == list(range(1, 25))
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [i for i in range(1, 25) for _ in range(4)]
 
 
-def adapter_files(folder):
-    return {file.name: file.read_bytes() for file in (folder / "adapter").iterdir()}
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_letters(letter_policy(tiny_folder, 0.0), folder, grpo, **TOY)
+    return files_of(folder)
 
 
-def test_a_run_stopped_in_its_last_evaluation_still_has_one(tiny, tmp_path):
-    _, _, whole = run_toy(tiny, tmp_path / "whole")
-    run_toy(tiny, tmp_path / "stopped", ("evaluate", 6))
-    for _ in range(2):  # a run that is complete stays as it is
-        _, task, resumed = run_toy(tiny, tmp_path / "stopped", resume=True)
-        assert task.seen == [] and resumed == whole
-        assert adapter_files(tmp_path / "stopped") == adapter_files(tmp_path / "whole")
-
-
-def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tiny, tmp_path):
-    _, _, whole = run_toy(tiny, tmp_path / "whole")
-    run_toy(tiny, tmp_path / "stopped", ("rewards", 1))
-    _, task, resumed = run_toy(tiny, tmp_path / "stopped", resume=True)
-    assert task.seen == [1, 2, 3, 4, 5, 6] and resumed == whole
-
-
-# --- departures that are flags ---
-
-def test_a_mean_over_tokens_weighs_long_completions_more():
-    """Ratio 1 and A = 1: a row of 1 token and one of 3 give -1 each by the published mean; by tokens -1/2 and -3/2."""
-    logp, mask = torch.zeros(2, 3), torch.tensor([[1., 0, 0], [1, 1, 1]])
-    published, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0)
-    by_tokens, _, _ = grpo_loss(logp, logp, None, torch.ones(2), mask, 0.2, 0.0, mean_length=2.0)
-    assert published.tolist() == [-1, -1] and by_tokens.tolist() == [-0.5, -1.5]
-
-
-def test_the_learning_rate_rises_and_falls():
-    linear, constant = (Config(steps=10, warmup=2, schedule=schedule) for schedule in ("linear", "constant"))
-    assert [grpo.learning_rate_share(step, linear) for step in (1, 2, 6, 10)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
-    assert [grpo.learning_rate_share(step, constant) for step in (1, 2, 6, 10)] == [0.5, 1, 1, 1]
+@pytest.mark.parametrize("place, left", [(("evaluate", 6), []), (("rewards", 1), [1, 2, 3, 4, 5, 6]),
+                                         (("evaluate", 0), [1, 2, 3, 4, 5, 6])])
+def test_a_stopped_run_is_resumed_as_if_it_had_not_been(tiny, tmp_path, whole, place, left):
+    """In the last evaluation, before the first checkpoint, in the first evaluation. A complete run stays as it is."""
+    with pytest.raises(KeyboardInterrupt):
+        run_letters(tiny(b=0.0), tmp_path, grpo, {place: stop}, **TOY)
+    for steps in (left, []):
+        task = run_letters(tiny(b=0.0), tmp_path, grpo, resume=True, **TOY)
+        assert task.seen == steps and files_of(tmp_path) == whole

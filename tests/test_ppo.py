@@ -1,24 +1,26 @@
-"""PPO against double loops and sums done by hand, and on a tiny random model that must learn within seconds."""
-import json
+"""PPO against double loops and sums by hand, and on a tiny random model that must learn within seconds."""
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from toys import rows_of
 
 import ppo
 from ppo import Config, Critic, explained_variance, gae, ppo_loss, terminal_rewards, value_loss, whiten
+from support.loop import fit
 from support.run import Run
 
-torch.set_num_threads(1)
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
 COMPLETIONS = [[[20, 21, 22, 2], [23]], [[24, 25, 26], [27] * 9], [[28, 2], [29, 30, 31, 32, 2]]]
-STAR, GOOD, BAD = 40, 41, 42  # the token that is rewarded, and what a prompt says of whether it is
+STAR, GOOD, BAD = 40, 41, 42  # the rewarded token, and tokens that mark a prompt with and without rewards
 
 
 def ragged(seed, N=5, C=7):
-    """Random numbers, also where the mask says padding, and at least one real token a row."""
+    """Random numbers, also on padding, and at least one real token per row."""
     torch.manual_seed(seed)
     lengths = torch.randint(1, C + 1, (N,))
     return torch.randn(N, C), torch.randn(N, C), torch.arange(C) < lengths[:, None]
@@ -33,7 +35,7 @@ def test_the_reward_sits_on_the_last_sampled_token():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (0.8, 0.0), (0.7, 1.0)])
-def test_gae_is_the_double_loop(seed, gamma, lam):
+def test_gae_equals_a_double_loop(seed, gamma, lam):
     rewards, values, mask = ragged(seed)
     found = gae(rewards, values, mask, gamma, lam)
     for n, length in enumerate(mask.sum(1).tolist()):
@@ -86,7 +88,7 @@ def test_policy_loss_by_hand(A, rho, objective, slope):
     assert is_clipped.item() == (slope == 0) and kl.item() == 0
 
 
-def test_policy_loss_is_a_mean_over_a_completion_and_charges_the_kl():
+def test_policy_loss_is_a_mean_over_each_completion_with_a_kl_penalty():
     logp = torch.tensor([[-1., -2., 0.], [-3., 0., 0.]], requires_grad=True)
     mask, A = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[1., -2., 9.], [3., 9., 9.]])
     gap = torch.tensor([[0.5, 0, 0], [-1, 0, 0]])
@@ -111,7 +113,7 @@ def test_value_loss_by_hand(V, R, loss, slope):
     assert value_loss(values, 0 * one, R * one, one, 0).item() == pytest.approx(0.5 * (V - R) ** 2)
 
 
-def test_padding_never_matters():
+def test_padding_changes_nothing():
     x, y, mask = ragged(1)
     spoil = [torch.where(mask, part, 1e3 * torch.randn(mask.shape)) for part in (x, y, x, y)]
     for function in (lambda a, b, c, d: gae(a, b, mask, 0.9, 0.9), lambda a, b, c, d: whiten(a, mask),
@@ -131,14 +133,14 @@ def test_padding_never_matters():
 # --- the critic ---
 
 def wake(critic):
-    """As after training: nothing about it is 0."""
+    """Draw all weights, as if the critic had been trained."""
     torch.manual_seed(2)
-    for parameter in critic.parameters():
+    for _, parameter in critic.trained():
         torch.nn.init.normal_(parameter, std=0.3)
     return critic
 
 
-def test_values_are_small_at_first_and_those_of_the_states_before_each_token(tiny):
+def test_values_belong_to_the_states_before_each_token_and_start_small(tiny):
     policy = tiny()
     critic = Critic(policy, like="agent")
     assert 0 < critic(PROMPTS, COMPLETIONS).abs().max() < 0.2
@@ -146,7 +148,7 @@ def test_values_are_small_at_first_and_those_of_the_states_before_each_token(tin
     values, row = wake(critic)(PROMPTS, COMPLETIONS), 0
     with policy.using("critic"):
         for prompt, group in zip(PROMPTS, COMPLETIONS, strict=True):
-            for c in group:  # alone, without padding: states from the prompt's last to that before the EOS
+            for c in group:  # alone, without padding: from the prompt's last state to the one before the EOS
                 states = policy.model.base_model(torch.tensor([prompt + c[:-1]])).last_hidden_state[0, len(prompt) - 1:]
                 expected = states @ critic.w / 32 ** 0.5 + critic.b
                 torch.testing.assert_close(values[row, :len(c)], expected, atol=1e-4, rtol=0)
@@ -154,23 +156,21 @@ def test_values_are_small_at_first_and_those_of_the_states_before_each_token(tin
                 row += 1
 
 
-def test_a_value_has_not_seen_its_own_token(tiny):
+def test_a_value_does_not_depend_on_its_own_token(tiny):
     critic = wake(Critic(tiny(), like="agent"))
     before, after = critic([PROMPTS[0]], [[[20, 21, 22]]])[0], critic([PROMPTS[0]], [[[20, 33, 22]]])[0]
     torch.testing.assert_close(before[:2], after[:2])
     assert (before[2] - after[2]).abs() > 1e-3
 
 
-def rollouts(policy, critic, config=None, **changes):
+def rollouts(policy, critic, config=None):
     """Sampled completions of different lengths, some cut off, with random rewards."""
     config = config or Config(group_size=2, max_new_tokens=12)
     torch.manual_seed(3)
     with policy.using("agent"):
         groups = policy.sample(PROMPTS, config.group_size, config.max_new_tokens, config.temperature)
-    found = ppo.rollouts_of(critic, PROMPTS, groups, torch.rand(len(PROMPTS), config.group_size), config)
-    for name, value in changes.items():
-        setattr(found, name, value)
-    return found, groups
+    rewards = torch.rand(len(PROMPTS), config.group_size)
+    return ppo.make_rollouts(policy, critic, PROMPTS, groups, rewards, config), groups
 
 
 def gradients(parameters):
@@ -182,7 +182,7 @@ def test_rollouts_hold_values_returns_and_a_ratio_of_1(tiny):
     critic, config = wake(Critic(policy, like="agent")), Config(group_size=8, max_new_tokens=24, micro_batch_tokens=1)
     found, groups = rollouts(policy, critic, config)
     flat = [completion for group in groups for completion in group]
-    assert {completion.finished for completion in flat} == {True, False}  # one that was cut off has its reward too
+    assert {completion.finished for completion in flat} == {True, False}  # cut-off ones have a reward too
     with policy.using("agent"), torch.no_grad():
         scores = policy.score(PROMPTS, found.completions)
     assert torch.equal(found.mask, scores.mask) and found.mask.sum(1).tolist() == [len(x.ids) for x in flat]
@@ -191,7 +191,7 @@ def test_rollouts_hold_values_returns_and_a_ratio_of_1(tiny):
     torch.manual_seed(3)
     with policy.using("agent"):
         policy.sample(PROMPTS, 8, 24)
-    rewards = torch.rand(3, 8).flatten()  # of the rewards, not of whitened advantages
+    rewards = torch.rand(3, 8).flatten()  # returns come from the rewards, not from whitened advantages
     torch.testing.assert_close(found.returns, rewards[:, None] * found.mask, atol=1e-5, rtol=1e-5)
     assert found.advantages[found.mask].mean().abs() < 1e-5
 
@@ -199,14 +199,13 @@ def test_rollouts_hold_values_returns_and_a_ratio_of_1(tiny):
 def test_each_loss_reaches_its_own_adapter_only(tiny):
     policy = tiny()
     critic = wake(Critic(policy, like="agent"))
-    agent, judge = policy.parameters("agent"), list(critic.parameters())
+    agent, judge = policy.parameters("agent"), [x for _, x in critic.trained()]
     found, _ = rollouts(policy, critic)
 
     def slopes(**changes):
         for x in agent + judge:
             x.grad = None
-        part = SimpleNamespace(**vars(found) | changes)
-        ppo.backward(policy, critic, part, 6, None, "agent", Config(value_clip=0))
+        ppo.accumulate_gradients(policy, critic, replace(found, **changes), 6, "agent", Config(value_clip=0))
         return gradients(agent), gradients(judge)
 
     (actor, judged), (same, moved), (changed, kept) = (
@@ -217,20 +216,24 @@ def test_each_loss_reaches_its_own_adapter_only(tiny):
     assert all(x.grad is None for x in policy.model.parameters() if not any(x is y for y in agent + judge))
 
 
+@pytest.mark.parametrize("loss_mean", ["completion", "token"])
 @pytest.mark.parametrize("tokens", [1, 10**6])
-def test_an_update_follows_the_mean_over_completions(tiny, tokens):
-    policy, config = tiny(), Config(epochs=1, beta=0.5, grad_clip=1e9, temperature=0.7, micro_batch_tokens=tokens)
+def test_an_update_follows_the_mean_of_its_setting(tiny, tokens, loss_mean):
+    policy, config = tiny(), Config(beta=0.5, grad_clip=1e9, temperature=0.7, micro_batch_tokens=tokens,
+                                    loss_mean=loss_mean)
     critic = wake(Critic(policy, like="agent"))
-    agent, judge = policy.parameters("agent"), list(critic.parameters())
+    agent, judge = policy.parameters("agent"), [x for _, x in critic.trained()]
     found, _ = rollouts(policy, critic, Config(group_size=2, max_new_tokens=12, temperature=0.7))
-    numbers = ppo.update(policy, critic, torch.optim.SGD([{"params": agent}, {"params": judge}], lr=0), found, "agent",
-                         config, random.Random(0))
+    optimizer = torch.optim.SGD([{"params": policy.named_parameters("agent")}, {"params": critic.trained()}], lr=0)
+    numbers = ppo.update(policy, critic, optimizer, found, "agent", config, 1)
     slopes = gradients(agent + judge)
     with policy.using("agent"):
         logp = policy.score(PROMPTS, found.completions, 0.7).logp
     logp_ref = policy.score(PROMPTS, found.completions, 0.7).logp
     values = critic(PROMPTS, found.completions)
-    losses, kl, _ = ppo_loss(logp, found.logp_old, logp_ref, found.advantages, found.mask, 0.2, 0.5)
+    assert found.mean_length == pytest.approx(found.mask.sum().item() / 6)
+    losses, kl, _ = ppo_loss(logp, found.logp_old, logp_ref, found.advantages, found.mask, 0.2, 0.5,
+                             found.mean_length if loss_mean == "token" else None)
     errors = value_loss(values, found.values_old, found.returns, found.mask, 0.2)
     expected = torch.autograd.grad(losses.mean() + errors.mean(), agent + judge)
     torch.testing.assert_close(slopes, list(expected), atol=1e-4, rtol=1e-3)
@@ -242,7 +245,7 @@ def test_an_update_follows_the_mean_over_completions(tiny, tokens):
 # --- learning ---
 
 class Toy:
-    """The share of one token among those written; where prompts matter, only after prompts that hold GOOD."""
+    """The reward is the fraction of STAR among the tokens; if prompts matter, only after prompts that hold GOOD."""
     state = {}
 
     def __init__(self, num_prompts=8, prompts_matter=False, reward=None):
@@ -266,11 +269,10 @@ class Toy:
 def trained(policy, toy, folder, **changes):
     """The lines of the steps, without the seconds."""
     config = Config(**dict(steps=20, batch_size=8, group_size=8, epochs=2, max_new_tokens=8, minibatch=0, lr=1e-2,
-                           critic_lr=1e-2) | changes)
-    torch.manual_seed(config.seed)
-    ppo.train(policy, toy, Run(folder, {"steps": config.steps}), "agent", config)
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows if "eval" not in row]
+                           critic_lr=1e-2, loss_mean="completion") | changes)
+    transformers.set_seed(config.seed)
+    fit(ppo.train, policy, toy, Run(folder, {"steps": config.steps}), "agent", config)
+    return [row for row in rows_of(folder) if "eval" not in row]
 
 
 @pytest.mark.parametrize("group_size", [8, 1])
@@ -288,17 +290,17 @@ def test_it_learns(tiny, tmp_path, group_size):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_the_critic_learns_what_a_prompt_is_worth(tiny, tmp_path):
+def test_the_critic_learns_the_value_of_a_prompt(tiny, tmp_path):
     rows = trained(tiny(b=0), Toy(prompts_matter=True), tmp_path, steps=32)
     assert sum(row["explained_variance"] for row in rows[-5:]) / 5 > 0.3
 
 
-def test_one_pass_at_any_temperature_never_leaves_the_ratio_of_1(tiny, tmp_path):
+def test_in_one_pass_the_ratio_is_1_at_any_temperature(tiny, tmp_path):
     [row] = trained(tiny(b=0), Toy(), tmp_path, steps=1, epochs=1, temperature=1.5, clip=1e-4)
     assert row["clip_rate"] == 0 and row["kl"] < 1e-6 and row["grad_norm"] > 0
 
 
-def test_equal_rewards_teach_the_actor_nothing_while_the_critic_is_indifferent(tiny, tmp_path, monkeypatch):
+def test_equal_rewards_give_the_actor_no_gradient_while_the_critic_is_constant(tiny, tmp_path, monkeypatch):
     policy = tiny()
     before = [x.clone() for x in policy.parameters("agent")]
     monkeypatch.setattr(torch, "randn", torch.zeros)  # w = 0: the same value everywhere

@@ -1,10 +1,9 @@
-"""The Answer Agent's task by hand-made cases, and the script from the shell: what it writes, what it refuses."""
+"""The Answer Agent's episodes, rewards and defaults on small cases, and the files that the script writes."""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ QUICK = ["--steps", "2", "--eval", "1", "--batch-size", "4", "--group-size", "3"
 
 @pytest.fixture(scope="module", autouse=True)
 def short_conversations():
-    """Conversations of a fifth of the length: the banks are built in a second."""
+    """Dialogues of a fifth of the usual length, so that banks are built in a second."""
     patch = pytest.MonkeyPatch()
     patch.setattr(train_answer, "NUM_TURNS", 20)
     patch.setattr(train_answer, "NUM_DIALOGUES", 3)
@@ -49,8 +48,8 @@ def made(short_conversations):
 
 
 def run_script(*args, env=None, timeout=400):
-    """The script in a process of its own, on short conversations."""
-    code = ("import sys, train_answer; from flags import exit_cleanly; "
+    """Run the script in its own process, on short dialogues."""
+    code = ("import sys, train_answer; from support.cli import exit_cleanly; "
             "train_answer.NUM_TURNS, train_answer.NUM_DIALOGUES = 12, 2; exit_cleanly(train_answer.main)")
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True, capture_output=True,
                           timeout=timeout, env={**os.environ, **(env or {})})
@@ -67,10 +66,10 @@ def output(text):
 # ------------------------------------------------------------------------------------------------ episodes
 
 def test_every_question_comes_up_once_before_any_comes_up_again(made):
-    count = len(made.places)
-    made_of = [episode.place for step in range(1, count // 6 + 2) for episode in made.batch(step)]
-    assert len({id(place) for place in made_of[:count]}) == count
-    assert all(episode.place.question.asked is None for episode in made.batch(1))
+    count = len(made.questions)
+    items = [episode.item for step in range(1, count // 6 + 2) for episode in made.batch(step)]
+    assert len({id(item) for item in items[:count]}) == count
+    assert all(episode.item.question.asked_after is None for episode in made.batch(1))
 
 
 def test_a_batch_depends_on_seed_and_step_alone(made):
@@ -80,29 +79,28 @@ def test_a_batch_depends_on_seed_and_step_alone(made):
     assert [episode.prompt for episode in made.batch(2)] != [episode.prompt for episode in later]
 
 
-def test_memories_grow_to_their_number(made, monkeypatch):
+def test_the_number_of_memories_grows(made, monkeypatch):
     monkeypatch.setattr(made.args, "memories", 20)
-    assert made.num_shown(1) == 20  # without --grow from the first step
+    assert made.num_memories(1) == 20  # without --grow from the first step
     monkeypatch.setattr(made.args, "grow", 4)
-    assert [made.num_shown(step) for step in (1, 2, 4, 9)] == [8, 12, 20, 20]
+    assert [made.num_memories(step) for step in (1, 2, 4, 9)] == [8, 12, 20, 20]
     monkeypatch.setattr(made.args, "memories", 2)
-    assert made.num_shown(1) == 2
+    assert made.num_memories(1) == 2
 
 
 def hand_made():
-    """Four memories of two people; the question rests on turns D1:1 and D1:3."""
+    """Four memories of two people; the evidence of the question is in turns D1:1 and D1:3."""
     bank = MemoryBank(make_embedder("hash", "cpu"))
     told = [("Ann", "Ann has a dog named Rex.", {"D1:1"}), ("Ann", "Ann drives a Kia.", {"D1:2"}),
             ("Bob", "Bob has a dog named Tom.", {"D1:4"}), ("Ann", "Ann met Rex and a dog.", {"D1:3", "D2:1"})]
     sources = {bank.add(text, speaker, ""): turns for speaker, text, turns in told}
     question = Question("Q", "Which dog does Ann have?", "Rex", 4, ("D1:1", "D1:3"))
-    place = train_answer.Place(question, bank, ("Ann", "Bob"), sources)
-    asked = SimpleNamespace(shown=[bank.get(id) for id in (0, 1, 3, 2)])
-    return train_answer.Episode([1, 2], place, asked)
+    item = train_answer.BankQuestion(question, bank, ("Ann", "Bob"), sources)
+    return train_answer.Episode([1, 2], [bank.get(id) for id in (0, 1, 3, 2)], 0, item)
 
 
-def test_evidence_is_what_was_written_from_the_questions_turns():
-    assert hand_made().evidence == {1, 3}
+def test_evidence_are_the_memories_written_from_the_questions_turns():
+    assert hand_made().evidence() == {1, 3}
 
 
 def test_selection_counts_numbers_that_were_shown():
@@ -115,15 +113,15 @@ def test_selection_counts_numbers_that_were_shown():
 
 # ------------------------------------------------------------------------------------------------ rewards
 
-def test_the_reward_is_the_answers_alone(made):
-    """Right whatever is selected, wrong even with the right selection, 0 without an answer."""
+def test_the_reward_depends_on_the_answer_alone(made):
+    """1 for a right answer with any selection, 0 for a wrong answer with the right selection, 0 without an answer."""
     episodes = made.batch(1)
-    groups = [[output(f"relevant: 99\nanswer: {episode.place.question.answer}"), output("relevant: 1\nanswer: so-so"),
-               output(episode.place.question.answer)] for episode in episodes]
+    groups = [[output(f"relevant: 99\nanswer: {episode.item.question.answer}"), output("relevant: 1\nanswer: so-so"),
+               output(episode.item.question.answer)] for episode in episodes]
     rewards, extra, samples = made.rewards(episodes, groups)
     assert rewards.tolist() == [[1, 0, 0]] * len(episodes)
     assert extra["invalid_rate"] == pytest.approx(1 / 3)
-    assert samples[0]["parts"]["gold"] == episodes[0].place.question.answer and "question:" in samples[0]["prompt"]
+    assert samples[0]["parts"]["gold"] == episodes[0].item.question.answer and "question:" in samples[0]["prompt"]
 
 
 def test_every_member_of_a_group_is_judged_by_the_same_gold(made, monkeypatch):
@@ -132,19 +130,37 @@ def test_every_member_of_a_group_is_judged_by_the_same_gold(made, monkeypatch):
     episodes = made.batch(1)[:2]
     made.rewards(episodes, [[output("answer: a"), output("answer: b")], [output("answer: c"), output("answer: d")]])
     assert [prediction for _, prediction, _ in seen] == ["a", "b", "c", "d"]
-    assert [gold for *_, gold in seen] == [e.place.question.answer for e in episodes for _ in range(2)]
+    assert [gold for *_, gold in seen] == [e.item.question.answer for e in episodes for _ in range(2)]
 
 
-def test_held_out_banks_are_built_before_training_and_asked_with_either_agent(made):
+def test_held_out_questions_are_answered_by_the_untrained_and_the_trained_agent(made):
     (result,) = made.evaluate("untrained", 0)
     assert EVAL_KEYS <= set(result) and result["n"] == len(made.held_out) > 5
     assert made.evaluate("trained", 9)[0] == {**result, "step": 9, "eval": "trained"}  # an adapter that changes nothing
 
 
+# ------------------------------------------------------------------------------------------------ defaults
+
+TINY = {"out": "runs/answer-grpo", "steps": 40, "batch_size": 16, "group_size": 8, "minibatch": 4, "lr": 1e-3,
+        "loss_mean": "token", "max_new_tokens": 200, "max_operation_tokens": 80, "max_prompt_tokens": 1024, "top_k": 4,
+        "memories": 20, "named_only": False, "extract": False, "distill": True, "eval": 8}
+REAL_DATA = {"top_k": 10, "memories": 60, "extract": True, "eval": 1, "loss_mean": "completion"}
+REAL_MODEL = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5}
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", REAL_MODEL),
+    ("--data locomo --model Qwen/X --no-distill --steps 7", REAL_DATA | REAL_MODEL | {"distill": False, "steps": 7}),
+    ("--algo ppo", {"out": "runs/answer-ppo", "group_size": 4})])
+def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
+    settings = vars(train_answer.arguments(argv.split()))
+    assert {name: settings[name] for name in TINY} == TINY | wanted
+
+
 # ------------------------------------------------------------------------------------------------ from the shell
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
-def test_a_run_writes_what_the_contract_says_and_trains_its_own_adapter_only(tmp_path, algo):
+def test_a_run_writes_its_files_and_trains_no_adapter_but_its_own(tmp_path, algo):
     policy = Policy.load(data.TINY)
     torch.manual_seed(0)
     policy.add_adapter("manager", 4, 8)
@@ -160,7 +176,7 @@ def test_a_run_writes_what_the_contract_says_and_trains_its_own_adapter_only(tmp
     assert [line["step"] for line in steps] == [1, 2] and all(wanted <= set(line) for line in steps)
     assert {"prompt", "completion", "reward", "parts"} <= set(rows(tmp_path / "run/samples.jsonl")[0])
     assert (tmp_path / "manager/adapter/adapter_model.safetensors").read_bytes() == before
-    assert Policy.load(data.TINY).load_adapter("answer", tmp_path / "run") is None  # a run's folder will do
+    assert Policy.load(data.TINY).load_adapter("answer", tmp_path / "run") is None  # the run's folder is accepted
 
 
 def test_without_distillation_nothing_is_selected(tmp_path):

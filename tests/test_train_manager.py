@@ -1,6 +1,7 @@
-"""The Manager's task by hand-made cases, and the script from the shell: what it writes, what it refuses."""
+"""The Manager's episodes, rewards and defaults on small cases, and the files that the script writes."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def task(**flags):
 
 @pytest.fixture(scope="module")
 def made():
-    """A task and one batch of its episodes, on banks of the known operations."""
+    """A task and one batch of its episodes, on banks of reference operations."""
     made = task(bank="oracle", batch_size=8, refresh=1)
     return made, made.batch(1)
 
@@ -68,13 +69,13 @@ def test_every_episode_is_a_turn_with_its_bank_and_questions(made):
     _, episodes = made
     assert len(episodes) == 8
     for episode in episodes:
-        assert episode.questions and all(question.asked == episode.turn.id for question in episode.questions)
+        assert episode.questions and all(question.asked_after == episode.turn.id for question in episode.questions)
         assert {memory.id for memory in episode.case.memories} <= {memory.id for memory in episode.bank}
         assert all(memory.speaker == episode.turn.speaker for memory in episode.case.memories)
 
 
-def test_known_operations_on_known_banks_are_rewarded_more_than_none(made):
-    """The right edit of a turn answers its questions; doing nothing does so only where nothing was to be done."""
+def test_reference_operations_earn_more_than_noop(made):
+    """The correct edit of a turn answers its questions; NOOP does so only where it is the correct edit."""
     the_task, episodes = made
 
     def output(episode, event):
@@ -105,14 +106,30 @@ def test_reward_is_the_mean_score_or_all_of_them(made, monkeypatch):
     the_task, episodes = made
     episode = next(episode for episode in episodes if len(episode.questions) == 2)
     given = [episode.questions[0].answer, "something else"]
-    monkeypatch.setattr(the_task, "answers", lambda candidates: ([given for _ in candidates], [1] * len(candidates)))
+    monkeypatch.setattr(the_task, "answers", lambda asked: given)
     noop = [[Completion([5], [0.0], True, '[{"event": "NOOP"}]')]]
     monkeypatch.setattr(the_task.args, "linked", "mean")
     assert the_task.rewards([episode], noop)[0].item() == 0.5
     monkeypatch.setattr(the_task.args, "linked", "all")
     assert the_task.rewards([episode], noop)[0].item() == 0.0
-    monkeypatch.setattr(the_task, "score", lambda triples: [0.75, 0.5])  # a reward with degrees keeps them
+    monkeypatch.setattr(the_task, "score", lambda triples: [0.75, 0.5])  # scores between 0 and 1 are kept
     assert the_task.rewards([episode], noop)[0].item() == 0.5
+
+
+def test_equal_edits_share_a_bank_and_its_answers(made, monkeypatch):
+    the_task, episodes = made
+    asked, answers = [], the_task.answers
+    monkeypatch.setattr(the_task, "answers", lambda questions: asked.append(len(questions)) or answers(questions))
+    group = [Completion([5], [0.0], True, text) for text in ('[{"event": "NOOP"}]', "nonsense",
+                                                            'NOOP it is: [{"event": "noop"}]',
+                                                            '[{"event": "ADD", "text": "x"}]')]
+    rewards, metrics, samples = the_task.rewards(episodes[:2], [group, group])
+    assert asked == [2 * sum(len(episode.questions) for episode in episodes[:2])]
+    assert torch.equal(rewards[:, 0], rewards[:, 2])
+    assert metrics["ops"] == {"ADD": 2, "UPDATE": 0, "DELETE": 0, "NOOP": 4}
+    sizes = [len(episode.bank) for episode in episodes[:2]]
+    assert metrics["bank_size"] == pytest.approx(sum(sizes) / 2 + 1 / 3), "a mean over the valid outputs"
+    assert [part["question"] for part in samples[1]["parts"]] == [one.text for one in episodes[1].questions]
 
 
 def test_same_seed_same_episodes_whatever_came_before():
@@ -123,9 +140,55 @@ def test_same_seed_same_episodes_whatever_came_before():
     assert [e.prompt for e in first.batch(4)] == [e.prompt for e in second.batch(4)]
 
 
+# ------------------------------------------------------------------------------------------------ defaults
+
+TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size": 8, "minibatch": 0, "lr": 3e-3,
+        "loss_mean": "token", "max_new_tokens": 80, "max_answer_tokens": 48, "max_prompt_tokens": 1024, "top_k": 4,
+        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32}
+REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "linked": "mean",
+             "eval": 1, "loss_mean": "completion"}
+REAL_MODEL = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", REAL_MODEL),
+    ("--data x.json --model Qwen/X", REAL_DATA | REAL_MODEL),
+    ("--algo ppo", {"out": "runs/manager-ppo", "group_size": 4, "minibatch": 6, "lr": 1e-3}),
+    ("--data locomo --memories 7 --no-extract --lr 0.5 --model Qwen/X",
+     REAL_DATA | REAL_MODEL | {"memories": 7, "extract": False, "lr": 0.5})])
+def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
+    settings = vars(train_manager.arguments(argv.split()))
+    assert {name: settings[name] for name in TINY} == TINY | wanted
+
+
+def test_every_preset_belongs_to_a_flag_and_gives_its_default():
+    for algo in train_manager.ALGORITHMS:
+        argv = ["--algo", algo, "--data", "locomo", "--model", "Qwen/X", *(["--teacher", "endpoint"] * (algo == "sft"))]
+        settings = vars(train_manager.arguments(argv))
+        for name, value in (train_manager.REAL_DATA | train_manager.REAL_MODEL).items():
+            wanted = value[algo] if isinstance(value, dict) else value
+            assert settings.get(name, wanted) == wanted and (name in settings or algo == "sft")
+
+
+def test_the_help_shows_the_flags_and_defaults_of_one_algorithm(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = {}
+    for argv in ("--algo grpo", "--algo ppo --data locomo", "--algo sft --model Qwen/X"):
+        with pytest.raises(SystemExit) as stop:
+            train_manager.main([*argv.split(), "--help"])
+        texts[stop.value.code, argv.split()[1]] = capsys.readouterr().out
+    assert [code for code, _ in texts] == [0, 0, 0]
+    grpo, ppo, sft = texts.values()
+    assert "--critic-lr" in ppo and "--critic-lr" not in grpo + sft and "--teacher" in sft and "--reward" not in sft
+    assert "(runs/manager-grpo)" in grpo and "(0.003)" in grpo and "(0.0001)" in sft
+    for text, memories, extract in ((grpo, "4", "no"), (ppo, "60", "yes"), (sft, "4", "no")):
+        assert re.search(rf"--memories N .*\({memories}\)", text)
+        assert re.search(rf"--extract, --no-extract\s.*\({extract}\)", text)
+
+
 # ------------------------------------------------------------------------------------------------ from the shell
 
-def test_a_run_writes_what_the_contract_says_and_resumes(tmp_path):
+def test_a_run_writes_its_files_and_resumes(tmp_path):
     out = tmp_path / "run"
     done = run_script("--algo", "grpo", *QUICK, "--out", out, "--checkpoint-every", "1")
     assert done.returncode == 0, done.stderr
@@ -162,10 +225,10 @@ def local_model(folder, config, kind):
     return folder
 
 
-@pytest.mark.skipif(LOCOMO is None, reason="locomo10.json is in no place where it is looked for")
+@pytest.mark.skipif(LOCOMO is None, reason="locomo10.json is not there")
 @pytest.mark.parametrize("family", ["tiny", "qwen2", "llama"])
 def test_locomo_runs_with_any_model(tmp_path, family):
-    """Three steps on the real file: real evidence turns and prompts; rewards may well be 0."""
+    """Three steps on the real file, with real evidence turns and prompts; rewards may be 0."""
     model = data.TINY
     if family != "tiny":
         config, kind = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
@@ -181,7 +244,7 @@ def test_locomo_runs_with_any_model(tmp_path, family):
 
 def test_locomo_training_split_links_its_evidence_turns():
     if LOCOMO is None:
-        pytest.skip("locomo10.json is in no place where it is looked for")
+        pytest.skip("locomo10.json is not there")
     dialogue, = data.locomo.load("train", path=LOCOMO)
     assert len(dialogue.questions) == 152
     linked = train_manager.linked_questions(dialogue)
@@ -199,15 +262,16 @@ def small_file(tmp_path):
 
 
 @pytest.mark.parametrize("bank, read", [("base", [[2], []]), ("self", [[2], [2]])])
-def test_banks_that_no_training_changes_are_built_once(tmp_path, monkeypatch, bank, read):
+def test_banks_of_the_base_model_on_real_data_are_built_once(tmp_path, monkeypatch, bank, read):
     entry, = json.loads(small_file(tmp_path).read_text())
     entry["qa"][0]["evidence"] = ["D1:2", "D1:3"]
     (tmp_path / "mine.json").write_text(json.dumps([entry]))
     made, turns, build = task(data=tmp_path / "mine.json", bank=bank, batch_size=2, refresh=1), [], manager.build_banks
 
-    def counted(policy, dialogues, *args, **options):
+    def counted(builder, dialogues, *args, **options):
+        assert builder.adapter == {"base": None, "self": "manager"}[bank]
         turns.append([len(dialogue.turns) for dialogue in dialogues])
-        return build(policy, dialogues, *args, **options)
+        return build(builder, dialogues, *args, **options)
 
     monkeypatch.setattr(manager, "build_banks", counted)
     batches = [made.batch(step) for step in (1, 2)]

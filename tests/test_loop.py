@@ -1,0 +1,186 @@
+"""The parts of the training loop that the algorithms share: learning rates, batches, optimizer steps, checkpoints."""
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data import UsageError
+from policy import Completion
+from support.distributed import seed_step
+from support.loop import (
+    Loop,
+    Update,
+    epoch_indices,
+    lr_multiplier,
+    mean_per_token,
+    optimizer_step,
+    rollout_metrics,
+    update_metrics,
+)
+from support.rollouts import minibatches, select_groups
+from support.run import Run
+
+
+def test_the_learning_rate_rises_and_falls():
+    linear, constant = (SimpleNamespace(steps=10, warmup=2, schedule=name) for name in ("linear", "constant"))
+    assert [lr_multiplier(step, linear) for step in (1, 2, 6, 10)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
+    assert [lr_multiplier(step, constant) for step in (1, 2, 6, 10)] == [0.5, 1, 1, 1]
+    assert lr_multiplier(1, SimpleNamespace(steps=10, warmup=0, schedule="constant")) == 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 24, 100])
+def test_all_items_appear_once_before_any_appears_again(count):
+    order = [i for step in range(1, 30) for i in epoch_indices(step, count, batch_size=8, seed=0)]
+    passes = [order[start:start + count] for start in range(0, len(order) - count + 1, count)]
+    assert all(sorted(one) == list(range(count)) for one in passes) and (count < 24 or passes[0] != passes[1])
+    assert count < 24 or order[:8] != epoch_indices(1, count, 8, seed=1)
+
+
+def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
+    def draw(seed, step):
+        seed_step(seed, step)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+    first, _, other = draw(7, 1), draw(7, 2), draw(8, 1)
+    assert draw(7, 1) == first and len({*first, *other, *draw(7, 2)}) == 9
+
+
+# --- metrics ---
+
+def completion(length, logp, finished=True):
+    return Completion([5] * length, [logp] * length, finished, "")
+
+
+def test_rollout_metrics_by_hand():
+    rewards = torch.tensor([[1., 0., 0., 1.], [0.5, 0.5, 0.5, 0.5]])
+    groups = [[completion(1, -1.0)] * 4, [completion(3, -2.0, False)] * 4]
+    assert rollout_metrics(rewards, groups) == pytest.approx({
+        "reward": 0.5, "reward_std": math.sqrt(1 / 3) / 2, "zero_std_rate": 0.5, "completion_tokens": 2,
+        "entropy": (4 * 1 + 12 * 2) / 16, "unfinished_rate": 0.5})  # tokens of long completions count as much
+    assert rollout_metrics(rewards[:, :1], [group[:1] for group in groups])["reward_std"] == 0
+
+
+def test_means_per_token():
+    assert mean_per_token(Counter(kl=6.0, clip_rate=0.0, tokens=4)) == {"kl": 1.5, "clip_rate": 0}
+    assert mean_per_token({"kl": 0.0, "tokens": 0}) == mean_per_token({"kl": 0.0}) == {"kl": None}
+
+
+def test_update_metrics_leave_refused_updates_out_of_the_mean():
+    assert update_metrics([]) == {"grad_norm": 0, "skipped": 0}
+    assert update_metrics([Update(1.0), Update(0.0, "a"), Update(2.0), Update(0.0, "b")]) == {
+        "grad_norm": 1.5, "skipped": 2, "not_finite_in": "a"}
+
+
+# --- optimizer steps ---
+
+@dataclass
+class Inputs:
+    prompts: list
+    advantages: torch.Tensor
+
+
+def two_groups(lr=1.0):
+    """An optimizer with two parameter groups, as in PPO, and gradients of norm 5 and 10."""
+    first, second = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    first.grad, second.grad = torch.tensor([3., 4.]), torch.tensor([6., 8.])
+    return first, second, torch.optim.SGD([{"params": [("a", first)]}, {"params": [("b", second)]}], lr=lr)
+
+
+@pytest.mark.parametrize("grad_clip, factors", [(0, (1, 1)), (5, (1, 0.5)), (1, (0.2, 0.1)), (100, (1, 1))])
+def test_each_parameter_group_is_clipped_to_the_norm(grad_clip, factors):
+    first, second, optimizer = two_groups()
+    assert optimizer_step(optimizer, grad_clip) == Update(5.0)
+    torch.testing.assert_close(first.data, -factors[0] * torch.tensor([3., 4.]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(second.data, -factors[1] * torch.tensor([6., 8.]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_update_with_numbers_that_are_not_finite_is_refused(value):
+    first, second, optimizer = two_groups()
+    inputs = Inputs([math.nan], torch.tensor([1.0, value]))  # only tensors are checked
+    assert optimizer_step(optimizer, 1.0, inputs) == Update(0.0, "advantages")
+    inputs.advantages = torch.ones(2)
+    second.grad[1] = value
+    assert optimizer_step(optimizer, 1.0, inputs) == Update(0.0, "the gradient of b")
+    assert not first.any() and not second.any()
+    second.grad = None  # a parameter without a gradient is left as it is
+    assert optimizer_step(optimizer, 0, inputs) == Update(5.0) and first.any() and not second.any()
+
+
+# --- rollouts ---
+
+@dataclass
+class Numbers:
+    prompts: list
+    completions: list
+    per_token: torch.Tensor  # (N, C)
+    per_row: torch.Tensor  # (N,)
+    mean_length: float = 2.0
+
+
+def test_selected_groups_are_padded_to_their_longest_completion():
+    rollouts = Numbers(["a", "b", "c"], [[[1], [1, 2]], [[1, 2, 3], [1]], [[1, 2], [1]]],
+                       torch.arange(18.).reshape(6, 3), torch.arange(6.))
+    some = select_groups(rollouts, [2, 0])
+    assert some.prompts == ["c", "a"] and some.completions == [[[1, 2], [1]], [[1], [1, 2]]] and some.mean_length == 2
+    assert some.per_row.tolist() == [4, 5, 0, 1] and some.per_token.tolist() == [[12, 13], [15, 16], [0, 1], [3, 4]]
+    [whole] = minibatches(rollouts, 0, "seed")
+    assert sorted(whole.prompts) == ["a", "b", "c"]
+    sizes = [len(part.prompts) for part in minibatches(rollouts, 2, "seed")]
+    again = [part.prompts for part in minibatches(rollouts, 2, "seed")]
+    assert sizes == [2, 1] and again == [whole.prompts[:2], whole.prompts[2:]]
+    assert len({str([part.prompts for part in minibatches(rollouts, 1, str(i))]) for i in range(20)}) > 3
+
+
+# --- checkpoints ---
+
+def learner(size=4):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, size)
+    return model, torch.optim.AdamW(model.named_parameters(), lr=0.1)
+
+
+def update(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(8, 5)).square().mean().backward()
+    optimizer.step()
+
+
+def loop_of(folder, optimizer, resume=False):
+    loop = Loop(None, SimpleNamespace(state={"passed": [1]}), Run(folder, {}, resume=resume), "agent", None)
+    loop.optimizer = optimizer
+    loop.parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    return loop
+
+
+def test_resumed_updates_are_bit_equal(tmp_path):
+    """Weights and moments went through a checkpoint: the next updates are the same."""
+    model, optimizer = learner()
+    update(model, optimizer)
+    loop_of(tmp_path, optimizer).save(1)
+    weights = []
+    for _ in range(2):
+        for step in (2, 3):
+            seed_step(0, step)
+            update(model, optimizer)
+        weights.append([model.weight.tolist(), model.bias.tolist()])
+        model, optimizer = learner()
+        torch.nn.init.ones_(model.weight)
+        loop = loop_of(tmp_path, optimizer, resume=True)
+        loop.task.state = {}
+        assert loop.restore() == 1 and loop.task.state == {"passed": [1]}
+    assert weights[0] == weights[1]
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
+    loop_of(tmp_path, learner()[1]).save(1)
+    model, optimizer = learner(3)
+    before = model.weight.clone()
+    with pytest.raises(UsageError, match="tensors of other shapes: resume with the model and the rank"):
+        loop_of(tmp_path, optimizer, resume=True).restore()
+    assert model.weight.equal(before) and not optimizer.state
+    assert loop_of(tmp_path / "new", optimizer).restore() is None
