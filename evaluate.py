@@ -1,7 +1,7 @@
 r"""
-Evaluates memory agents: systems -> banks -> answers -> scores -> reports.
+Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
 
-    python evaluate.py        # tiny model, synthetic talk, all that is in runs/
+    python evaluate.py        # tiny model, synthetic data, all runs in runs/
     python evaluate.py --manager base runs/manager-grpo \
         --answer base runs/answer-grpo --out runs/2x2.json
     python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \
@@ -9,433 +9,341 @@ Evaluates memory agents: systems -> banks -> answers -> scores -> reports.
     python evaluate.py --compare runs/2x2.json:"base + base" \
         runs/2x2.json:"manager-grpo + answer-grpo"
 
-A system is a source of memories (a baseline or a Manager), an Answer Agent, and how many memories it is shown. With
---out FILE.json every answer is a line of FILE.predictions.jsonl as soon as it is there; `report.py` computes all that
-is reported from these lines alone, and an evaluation that was stopped goes on after them.
+A system is a source of memories (a baseline or a Memory Manager), an Answer Agent, and a number of memories to show.
+With --out FILE.json every answer is appended to FILE.predictions.jsonl as soon as it exists. `support/report.py`
+computes the report from these lines alone, and the same command continues a stopped evaluation. Difference from the
+paper (arXiv 2508.19828): `rag` retrieves as many raw turns as other systems retrieve memories; the RAG baseline in the
+authors' code shows one chunk of 500 tokens.
 """
 import argparse
-import hashlib
-import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
 import answer
-import data
 import manager
-from data import TINY, Dialogue, Question, UsageError, is_tiny
+from data import TINY, Dialogue, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
-from support.cli import BY_DATA, BY_MODEL, Parser, exit_cleanly
-from support.judge import Endpoint, Hosted, gold_of, make_judge
+from support.cli import Parser, exit_cleanly, seed_everything
+from support.endpoint import CachedEndpoint, Endpoint, EndpointPolicy
+from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
+from support.judge import gold_of, make_judge
 from support.plots import plot_evaluation
-from support.report import scores
-from support.run import append, check_distill, note, read_config, seed_everything, tidy
+from support.run import append_rows, check_distill, to_json_safe
 
-BASELINES = ("none", "full-context", "rag", "add-all", "oracle")  # sources of memories without a Manager
-# What the training scripts test with: Managers in short synthetic talk, Answer Agents in long one, both in real data.
+# Held-out data of the training scripts: Managers are tested on short synthetic dialogues, Answer Agents on long ones.
 SHORT = {"count": 32, "num_turns": 20, "memories": 4, "named_only": True, "max_answer_tokens": 48}
 LONG = {"count": 8, "num_turns": 100, "memories": 20, "named_only": False, "max_answer_tokens": 200}
 REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
-LONG_LIMIT = 150  # questions to the Answer Agents in runs/, which take longer
+BY_DATA = {"top_k": (4, 10), "extract": (False, True)}  # defaults for (synthetic, real data)
+BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512)}  # defaults for (tiny model, others)
+LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
-SETTINGS = ("data", "split", "seed", "model", "dtype", "embedder", "top_k", "extract", "distill", "floor", "reranker",
-            "max_prompt_tokens", "max_new_tokens")  # the answers hang on these
+SETTINGS = ("data", "split", "seed", "model", "embedder", "top_k", "extract", "distill", "floor", "reranker",
+            "max_prompt_tokens", "max_new_tokens")  # flags that change the answers of all systems
+
+
+def scores(prediction, reference, category: int | None = None) -> dict[str, float]:
+    """
+    Score one answer for a report: {"em", "f1", "bleu1", "f1_locomo"}, the last only if nltk is installed. EM is ours
+    (`answer.normalize`), F1 and BLEU-1 are Mem0's. `category` is LoCoMo's number; only f1_locomo depends on it.
+    """
+    pair = str(prediction), str(reference)
+    found = {"em": answer.exact_match(*pair), "f1": answer.f1(*pair), "bleu1": answer.bleu1(*pair)}
+    return found | ({"f1_locomo": report.locomo_f1(*pair, category)} if report.porter_stemmer() else {})
 
 
 # ------------------------------------------------------------------------------------------------ systems
 
 @dataclass(frozen=True)
 class System:
-    system: str  # its name
-    source: str  # of its memories: a baseline, "base", "endpoint", or a Manager's folder
+    system: str  # name in the report
+    source: str  # of the memories: a baseline, "base", "endpoint", or a Manager's folder
     answer: str  # the Answer Agent: "base" or a folder
-    memories: int  # shown to it, half of each speaker
-    named_only: bool
+    memories: int  # shown with a question, half of each speaker
+    named_only: bool  # only memories of the speakers that the question names
     max_answer_tokens: int
+    turns: str = ""  # checksum of the dialogues
 
 
-def label(agent: str) -> str:
-    """./runs/manager-grpo/adapter -> manager-grpo"""
-    return os.path.relpath(agent).removesuffix("/adapter").removeprefix("runs/")
-
-
-def systems_of(args, setting: dict, sources, answers) -> list[System]:
-    """Every source with every Answer Agent and every number of memories; a name says no more than it must."""
-    counts, systems = args.memories or [setting["memories"]], []
-    named_only = setting["named_only"] if args.named_only is None else args.named_only
-    longest = (setting if is_tiny(args.model) else REAL)["max_answer_tokens"]
-    if max(counts) > setting["memories"]:  # the selection grows with what is shown
-        longest = max(longest, LONG["max_answer_tokens"])
-    longest = args.max_answer_tokens or longest
+def make_systems(args, preset: dict, sources: Sequence[str], answers: Sequence[str], turns: str) -> list[System]:
+    """Every source with every Answer Agent and every number of memories, under the shortest names that differ."""
+    counts, systems = args.memories or [preset["memories"]], []
+    named_only = preset["named_only"] if args.named_only is None else args.named_only
+    max_tokens = (preset if is_tiny(args.model) else REAL)["max_answer_tokens"]
+    if max(counts) > preset["memories"]:  # the selection grows with the number of memories
+        max_tokens = max(max_tokens, LONG["max_answer_tokens"])
     for count, agent, source in product(counts, answers, sources):
         is_swept = len(counts) > 1 and source not in ("none", "full-context")
         if is_swept or count == counts[0]:
-            name = label(source) + (f" + {label(agent)}" if set(answers) != {"base"} else "")
+            name = agent_name(source) + (f" + {agent_name(agent)}" if set(answers) != {"base"} else "")
             name += f", {count} memories" if is_swept else ""
-            systems.append(System(name, source, agent, count, named_only, longest))
+            systems.append(System(name, source, agent, count, named_only, args.max_answer_tokens or max_tokens, turns))
     systems = list(dict.fromkeys(systems))
     if len({system.system for system in systems}) < len(systems):
         raise UsageError(f"two folders of {', '.join([*sources, *answers])} have the same name: rename one")
     return systems
 
 
-def in_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
-    """The runs in runs/ that trained this agent on this model: {folder: settings}. Their adapters are loaded."""
-    found = {}
-    for path in sorted(Path("runs").glob("*/adapter/adapter_config.json")):
-        folder = str(path.parents[1])
-        try:
-            config = read_config(folder)
-            if config["agent"] != agent:
-                continue
-            check_distill(folder, distill)
-            policy.load_adapter(folder, folder)
-            found[folder] = config
-        except UsageError as error:
-            note(f"left out: {error}")
-    return found
-
-
-def plan(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
+def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     """
-    What is to be evaluated: tables of systems that are asked the same questions. On synthetic talk a Manager meets the
-    setting it is trained in; an Answer Agent meets its own, and the Manager it was trained with.
+    Tables of systems that are asked the same questions: the systems that the flags name, or else the baselines, the
+    base model and all that is in runs/. Then an Answer Agent is tested with the Manager that it was trained with.
     """
     answers, is_synthetic = args.answer or ["base"], args.data == "synthetic"
-    setting = REAL if not is_synthetic else LONG if set(answers) != {"base"} else SHORT
-    if args.system or args.manager or args.answer:
-        sources = [*(args.system or []), *(args.manager or [])] or ["base"]
-        return [(asked(args, setting, args.limit), systems_of(args, setting, sources, answers))]
-    managers = ["base", *(in_runs(policy, "manager") if is_synthetic else [])]
+    preset = REAL if not is_synthetic else LONG if set(answers) != {"base"} else SHORT
+    sources = [*(args.system or []), *(args.manager or [])]
+    dialogues, turns = select_questions(args, preset, args.limit)
+    if sources or args.answer:
+        return [(dialogues, make_systems(args, preset, sources or ["base"], answers, turns))]
+    managers = ["base", *(find_runs(policy, "manager") if is_synthetic else [])]
     sources = ["none", "rag", "add-all", *managers, *(["oracle"] if is_synthetic else [])]
-    planned = [(asked(args, setting, args.limit), systems_of(args, setting, sources, answers))]
-    systems = {}
-    for agent, config in (in_runs(policy, "answer", args.distill) if is_synthetic else {}).items():
-        built_by = [one for one in managers if label(one) == label(config.get("manager_adapter") or "base")]
-        systems |= dict.fromkeys(systems_of(args, LONG, ["base", *built_by], ["base", agent]))
-    if systems:
-        planned.append((asked(args, LONG, min(LONG_LIMIT, args.limit or LONG_LIMIT)), list(systems)))
-    return planned
+    tables = [(dialogues, make_systems(args, preset, sources, answers, turns))]
+    if agents := find_runs(policy, "answer", args.distill) if is_synthetic else {}:
+        (dialogues, turns), systems = select_questions(args, LONG, min(LONG_LIMIT, args.limit or LONG_LIMIT)), []
+        for agent, config in agents.items():
+            used = [one for one in managers if agent_name(one) == agent_name(config.get("manager_adapter") or "base")]
+            systems += make_systems(args, LONG, ["base", *used], ["base", agent], turns)
+        tables.append((dialogues, list(dict.fromkeys(systems))))
+    return tables
 
 
-def asked(args, setting: dict, limit: int | None) -> list[Dialogue]:
-    """The dialogues with those questions that are wanted, `limit` of them, and no other dialogues or questions."""
-    options = {"count": setting["count"], "num_turns": setting["num_turns"], "seed": args.seed} \
-        if args.data == "synthetic" else {}
-    dialogues = data.load(args.data, args.split, **options)
-    final = [(one.id, question) for one in dialogues for question in one.final_questions()]
-    known = sorted({question.category for _, question in final})
-    if not final:
-        raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
-    if args.paper and (args.data == "synthetic" or known[-1] > 5 or args.split != "test"):
-        raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo, and no other --split")
-    for number in args.category or []:
-        if number not in known:
-            raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
-    chosen = [pair for pair in final if pair[1].category in (args.category or known)]
-    n, is_spread = len(chosen), len(final) == len(dialogues)  # one question each, sorted by category: take some of all
-    count = min(limit or n, n)
-    chosen = [chosen[i * n // count if is_spread else i] for i in range(count)]
-    wanted: dict[str, list[Question]] = {}
-    for dialogue, question in chosen:
-        wanted.setdefault(dialogue, []).append(question)
-    return [replace(one, questions=tuple(wanted[one.id])) for one in dialogues if one.id in wanted]
+# ------------------------------------------------------------------------------------------------ banks and answers
 
-
-# ------------------------------------------------------------------------------------------------ models
-
-class Meter:
-    """A policy that counts the tokens it generates, and the seconds for each prompt of a batch."""
-
-    def __init__(self, policy):
-        self.policy, self.encode, self.using = policy, policy.encode, policy.using
-        self.tokens, self.seconds = 0, []
-
-    def sample(self, prompts, *args, **options):
-        start = time.perf_counter()
-        groups = self.policy.sample(prompts, *args, **options)
-        self.seconds += [(time.perf_counter() - start) / len(prompts)] * len(prompts)
-        self.tokens += sum(len(completion.ids) for group in groups for completion in group)
-        return groups
-
-
-class Reranker:
-    """A cross-encoder, hub id or folder: it reads question and memory together and says how well they match."""
-
-    def __init__(self, name, device):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer  # here: few need it
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.model, found = AutoModelForSequenceClassification.from_pretrained(
-                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-            if found["missing_keys"]:  # transformers would go on with random numbers in their place
-                raise ValueError(f"no weights for {min(found['missing_keys'])}")
-            self.model.to(device).eval().requires_grad_(False)
-        except Exception as error:  # whatever a foreign folder or a missing network raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UsageError(f"--reranker {name}: cannot be loaded ({reason}); give a cross-encoder") from error
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-
-    def best(self, question: str, memories: list[Memory], k: int) -> list[Memory]:
-        """The k memories that match the question best, best first."""
-        if not memories:
-            return []
-        pairs = self.tokenizer([question] * len(memories), [memory.text for memory in memories], padding=True,
-                               truncation=True, max_length=256, return_tensors="pt").to(self.model.device)
-        match = self.model(**pairs).logits[:, -1].tolist()  # one label, or the second of (no match, match)
-        return [memories[i] for i in sorted(range(len(match)), key=lambda i: (-match[i], i))[:k]]
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
-
-def raw_bank(dialogue: Dialogue, source: str, embedder) -> MemoryBank | list[Memory]:
-    """No memory, every turn as it is, or (full-context) a list to be read from end to end under one heading."""
-    lines = [(f"{turn.speaker}: {turn.text}", turn.speaker, turn.time) for turn in dialogue.turns]
-    if source == "full-context":
-        return [Memory(i, text, " and ".join(dialogue.speakers), when) for i, (text, _, when) in enumerate(lines)]
-    bank = MemoryBank(embedder)
-    if source == "rag":
-        embedder.embed([text for text, *_ in lines])  # in one batch: `add` then finds them computed
-        for line in lines:
-            bank.add(*line)
+def rag_bank(dialogue: Dialogue, embedder) -> MemoryBank:
+    """A bank of the raw turns."""
+    bank, texts = MemoryBank(embedder), [f"{turn.speaker}: {turn.text}" for turn in dialogue.turns]
+    embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
+    for turn, text in zip(dialogue.turns, texts, strict=True):
+        bank.add(text, turn.speaker, turn.time)
     return bank
 
 
-def sha(content) -> str:
-    """A checksum of what JSON makes of something."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def full_context(dialogue: Dialogue, embedder) -> list[Memory]:
+    """All turns as one list, to be shown under one heading without a search."""
+    heading = " and ".join(dialogue.speakers)
+    return [Memory(i, f"{turn.speaker}: {turn.text}", heading, turn.time) for i, turn in enumerate(dialogue.turns)]
 
 
-def digest(tensors) -> str:
-    content = hashlib.sha256()
-    for tensor in tensors:
-        content.update(tensor.detach().float().cpu().numpy().tobytes())
-    return content.hexdigest()[:16]
+RAW = {"none": lambda dialogue, embedder: MemoryBank(embedder), "rag": rag_bank, "full-context": full_context}
+BASELINES = (*RAW, "add-all", "oracle")
 
 
-def batches(items: Sequence, size: int) -> list:
-    """[1, 2, 3], 2 -> [[1, 2], [3]]"""
-    return [items[start:start + size] for start in range(0, len(items), size)]
+def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
+    """The lines of FILE.predictions.jsonl before the questions are answered."""
+    return [{"system": system.system, "dialogue": dialogue.id, "question": question.id, "category": question.category,
+             "text": question.text, "gold": question.answer}
+            for dialogue in dialogues for question in dialogue.questions]
 
 
-class Evaluation:
-    """The models, what is known of the dialogues, and the lines so far: the answers, and how they came about."""
+class Evaluator:
+    """The models, the answers so far (`lines` by key), and the content of FILE.json (`results`)."""
 
-    def __init__(self, policy, args, planned: list[tuple[list[Dialogue], list[System]]]):
-        self.policy, self.args, systems = policy, args, [system for _, some in planned for system in some]
-        policy.tokenizer.model_max_length = 1 << 30  # prompts are cut to --max-prompt-tokens here: it need not warn
+    def __init__(self, policy, args, systems: Sequence[System]):
+        self.policy, self.args = policy, args
+        policy.tokenizer.model_max_length = 1 << 30  # no warning: prompts are cut to --max-prompt-tokens
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
-        self.judge = make_judge(args.judge, policy, device=args.device, dtype=args.dtype) if args.judge else None
-        self.facts: dict[str, manager.Facts] = {}  # by the name of the model that lists them
-        self.hosted = None
+        options = {"device": args.device, "dtype": args.dtype}
+        self.judge = make_judge(args.judge, policy, Policy.load, **options) if args.judge else None
+        self.facts: dict[str, dict] = {}  # by the name of the model that extracted them
+        self.models = {}  # agent -> (policy, adapter, checksum); without adapter it is the base model
         for agent in dict.fromkeys(agent for system in systems for agent in (system.source, system.answer)):
+            self.models[agent] = policy, None, ""
             if agent == "endpoint":
-                self.hosted = Hosted(Endpoint.from_environment("MANAGER"))
-            elif agent not in (*BASELINES, "base", *policy.adapters):
-                check_distill(agent, args.distill)
-                policy.load_adapter(agent, agent)
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | {
-            "dtype": str(policy.model.dtype), "weights": digest(one[:64] for one in policy.model.parameters())}
-        self.fingerprints = {}  # of all that an answer hangs on: {(system, dialogue): checksum}
-        for dialogues, some in planned:
-            turns = {one.id: sha([asdict(turn) for turn in one.turns]) for one in dialogues}
-            for system in some:
-                about = self.about(system)
-                self.fingerprints |= {(system.system, id): sha([about, said]) for id, said in turns.items()}
-        kept, self.rows = report.kept(args.out, self.fingerprints, self.settings) if args.out else ([], {})
-        self.lines = {report.key_of(line): line for line in kept}
+                endpoint = Endpoint.from_environment("MANAGER")
+                hosted = EndpointPolicy(CachedEndpoint(endpoint, "~/.cache/memory-r1/manager.jsonl"))
+                self.models[agent] = hosted, None, hosted.name
+            elif agent not in (*BASELINES, "base"):
+                if agent not in policy.adapters:  # `find_runs` has loaded some
+                    check_distill(agent, args.distill)
+                    policy.load_adapter(agent, agent)
+                self.models[agent] = policy, agent, report.checksum(policy.parameters(agent))
+        settings = {name: getattr(args, name) for name in SETTINGS} | {
+            "dtype": str(policy.model.dtype), "weights": report.checksum(one[:64] for one in policy.model.parameters())}
+        checked = {one.system: asdict(one) | {"manager weights": self.models[one.source][2],
+                                              "answer weights": self.models[one.answer][2]} for one in systems}
+        self.results = {"data": args.data, "split": args.split, "settings": settings, "systems": checked, "rows": []}
+        self.lines = report.load_previous_predictions(args.out, self.results)
 
-    def about(self, system: System) -> list:
-        """All that a system's answers hang on but the dialogue, trained weights included."""
-        weights = [digest(self.policy.parameters(agent)) for agent in (system.source, system.answer)]
-        return [self.settings, asdict(system), weights, self.hosted.name if system.source == "endpoint" else ""]
-
-    def agent(self, name: str):
-        """The model that plays an agent, and its adapter: None for LoRA off."""
-        is_adapter = name in self.policy.adapters
-        return (self.hosted, None) if name == "endpoint" else (self.policy, name if is_adapter else None)
-
-    def places(self, system: System, dialogues: list[Dialogue]) -> dict[tuple, tuple[int, Question]]:
-        """Every question to a system: {key of its line: (number of the dialogue, question)}"""
-        return {(system.system, one.id, question.id, question.text, question.answer): (i, question)
-                for i, one in enumerate(dialogues) for question in one.questions}
-
-    def fill(self, dialogues: list[Dialogue], systems: list[System]) -> None:
-        """Asks whatever has no line yet, one source of memories after the other: their systems share the banks."""
+    def run_missing(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> None:
+        """Answer the questions that have no line yet. Systems with the same source share its banks."""
         for source in dict.fromkeys(system.source for system in systems):
             for some in batches(dialogues, self.args.at_once):
-                waiting = {system: [place for key, place in self.places(system, some).items() if key not in self.lines]
+                missing = {system: [line for line in questions_to(system, some)
+                                    if report.line_key(line) not in self.lines]
                            for system in systems if system.source == source}
-                banks = self.banks(source, some) if any(waiting.values()) else []
-                for system, places in waiting.items():
-                    self.answer(system, [(some[i], *banks[i], question) for i, question in places])
+                banks = self.build_banks(source, some) if any(missing.values()) else {}
+                for system, lines in missing.items():
+                    self.answer_questions(system, lines, banks)
 
-    def banks(self, source: str, dialogues: list[Dialogue]) -> list[tuple]:
-        """(bank, what is reported of it) for each dialogue. Listing the facts counts for no Manager."""
-        if source in ("none", "rag", "full-context"):
-            banks = [raw_bank(dialogue, source, self.embedder) for dialogue in dialogues]
-            return [(bank, {"size": len(bank)}) for bank in banks]
-        args, (policy, adapter), n = self.args, self.agent(source), len(dialogues)
-        meter, facts = Meter(policy), self.facts.setdefault(policy.name, {})
-        how = source if source in ("oracle", "add-all") else "model"
-        if how != "oracle":
-            manager.read_facts(policy, dialogues, args.extract, facts, args.max_new_tokens)
-        built = manager.build_banks(
-            meter, dialogues, self.embedder, how, adapter, args.top_k, args.extract,
-            None if policy is self.hosted else args.max_prompt_tokens, args.max_new_tokens, cache=facts,
-            progress=f"{label(source)}: reading {n} dialogues")
-        cost = {"tokens": meter.tokens / n, "seconds": sum(meter.seconds) / n,
-                "calls": report.percentiles(meter.seconds)}
-        return [(one.bank, {"size": len(one.bank), "ops": dict(one.ops), "agreed": one.agreed, "judged": one.judged,
-                            "dropped": one.dropped, **cost}) for one in built]
+    def build_banks(self, source: str, dialogues: Sequence[Dialogue]) -> dict[str, tuple]:
+        """{dialogue id: (speakers, bank, its description)}. The Manager's cost excludes the extraction of facts."""
+        args, (policy, adapter, _), n = self.args, self.models[source], len(dialogues)
+        if source in RAW:
+            banks = [RAW[source](dialogue, self.embedder) for dialogue in dialogues]
+            return {one.id: (one.speakers, bank, {"size": len(bank)})
+                    for one, bank in zip(dialogues, banks, strict=True)}
+        settings = manager.Settings(args.top_k, args.extract, None if source == "endpoint" else args.max_prompt_tokens,
+                                    args.max_new_tokens)
+        agent = manager.Manager(policy, adapter, settings, self.facts.setdefault(policy.name, {}))
+        if source != "oracle":
+            agent.read_facts(dialogues)
+        agent.policy = timed = TimedPolicy(policy)
+        if source == "oracle":
+            builds = manager.oracle_banks(dialogues, self.embedder)
+        elif source == "add-all":
+            builds = manager.add_all_banks(dialogues, self.embedder, agent.facts)
+        else:
+            builds = manager.build_banks(agent, dialogues, self.embedder,
+                                         progress=f"{agent_name(source)}: reading {n} dialogues")
+        cost = {"tokens": sum(timed.tokens) / n, "seconds": sum(timed.seconds) / n,
+                "calls": report.percentiles(timed.seconds)}
+        return {one.id: (one.speakers, build.bank, {
+            "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
+            "num_labeled": build.num_labeled, "dropped": build.dropped, **cost})
+            for one, build in zip(dialogues, builds, strict=True)}
 
-    def ask(self, system: System, dialogue: Dialogue, bank, question: Question) -> tuple[answer.Asked, float]:
+    def build_prompt(self, system: System, question: str, speakers, bank) -> tuple[answer.AnswerPrompt, float]:
         """
-        Retrieves and writes the prompt; also the seconds that the search took. A whole dialogue needs none, and loses
-        its oldest turns first.
+        Search and write the prompt of a question. Also returns the seconds that the search took. A whole dialogue is
+        not searched, and a prompt that is too long drops its oldest turns.
         """
-        k, speakers, text = max(1, system.memories // 2), dialogue.speakers, question.text
-        start = time.perf_counter()
+        start, k = time.perf_counter(), max(1, system.memories // 2)
         if system.source == "full-context":
             ranked, speakers = bank[::-1], (bank[0].speaker,)
         else:
-            wider = RERANK_FROM if self.reranker else 1
-            searched = answer.speakers_asked(text, speakers) if system.named_only else speakers
-            ranked = [memory for memory, _ in answer.retrieve(bank, text, searched, k * wider, floor=self.args.floor)]
-            ranked = self.reranker.best(text, ranked, k * len(searched)) if self.reranker else ranked
+            searched = answer.speakers_asked(question, speakers) if system.named_only else speakers
+            wider = k * RERANK_FROM if self.reranker else k
+            ranked = [one for one, _ in answer.retrieve(bank, question, searched, wider, floor=self.args.floor)]
+            ranked = self.reranker.best(question, ranked, k * len(searched)) if self.reranker else ranked
         seconds = time.perf_counter() - start
-        return answer.ask_about(self.policy, ranked, text, speakers, self.args.distill,
-                                self.args.max_prompt_tokens), seconds
+        settings = answer.Settings(distill=self.args.distill, max_prompt_tokens=self.args.max_prompt_tokens)
+        return answer.prompt_for(self.policy, ranked, question, speakers, settings), seconds
 
-    def answer(self, system: System, questions: list[tuple]) -> None:
-        """Answers (dialogue, bank, what is reported of it, question) tuples, and writes the lines as they come."""
+    def answer_questions(self, system: System, questions: Sequence[dict], banks: dict[str, tuple]) -> None:
+        """Answer in batches: complete the lines of `questions_to`, score them and append them to the file."""
         progress = f"{system.system}: answering"
         for batch in tqdm(batches(questions, self.args.at_once), progress, disable=None, leave=False):
-            prompts = [self.ask(system, dialogue, bank, question) for dialogue, bank, _, question in batch]
-            start, (policy, adapter) = time.perf_counter(), self.agent(system.answer)
-            with policy.using(adapter):
-                groups = policy.sample([one.prompt for one, _ in prompts], 1, system.max_answer_tokens, temperature=0)
-            seconds = (time.perf_counter() - start) / len(batch)
-            lines = [tidy(self.line(system, *asked, prompt, group[0], {"search": search, "answer": seconds}))
-                     for asked, (prompt, search), group in zip(batch, prompts, groups, strict=True)]
+            prompts, searches = zip(*[self.build_prompt(system, line["text"], *banks[line["dialogue"]][:2])
+                                      for line in batch], strict=True)
+            policy, adapter, _ = self.models[system.answer]
+            timed, lines = TimedPolicy(policy), []
+            answers = answer.generate_answers(timed, prompts, adapter, system.max_answer_tokens)
+            for i, (line, prompt, found) in enumerate(zip(batch, prompts, answers, strict=True)):
+                selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
+                lines.append(to_json_safe({
+                    **line, "prediction": found.text, "is_valid": found.is_valid,
+                    **scores(found.text, line["gold"], line["category"]), "selected": selected,
+                    "shown": len(prompt.shown), "dropped": prompt.dropped, "tokens": timed.tokens[i],
+                    "seconds": {"search": searches[i], "answer": timed.seconds[i]}, "at_once": self.args.at_once,
+                    "bank": banks[line["dialogue"]][2]}))
             if self.args.out:
-                append(report.predictions_of(self.args.out), lines)
-            self.lines |= {report.key_of(line): line for line in lines}
+                append_rows(report.predictions_path(self.args.out), lines)
+            self.lines |= {report.line_key(line): line for line in lines}
 
-    def line(self, system: System, dialogue, bank, about, question, prompt, completion, seconds) -> dict:
-        given = answer.parse(completion.text)
-        return {"system": system.system, "fingerprint": self.fingerprints[system.system, dialogue.id],
-                "dialogue": dialogue.id, "question": question.id, "category": question.category, "text": question.text,
-                "gold": question.answer, "prediction": given.text, "is_valid": given.is_valid,
-                **scores(given.text, question.answer, question.category),
-                "selected": [prompt.shown[i - 1].text for i in given.selected if 1 <= i <= len(prompt.shown)],
-                "shown": len(prompt.shown), "dropped": prompt.dropped, "tokens": len(completion.ids),
-                "seconds": seconds, "at_once": self.args.at_once, "bank": about}
-
-    def mark(self, lines: list[dict]) -> None:
-        """Adds the judge's verdicts. It keeps them as they come, so that one who falls silent costs nothing twice."""
+    def add_judge_scores(self, lines: Sequence[dict]) -> None:
+        """Add the judge's verdicts. The judge caches them: a second call after a failure pays for none twice."""
         for line in lines:
-            line.pop("judge", None)  # it may be another's
+            line.pop("judge", None)  # an earlier verdict may be another judge's
         verdicts = self.judge([(line["text"], line["prediction"], gold_of(line)) for line in lines])
-        for line, verdict in zip(lines, verdicts, strict=True):
-            line |= {"judge": verdict, "judge_model": self.judge.model}
-        if self.args.out:
-            report.write_lines(self.args.out, self.lines.values())
+        for line, verdict, reason in zip(lines, verdicts, self.judge.reasons, strict=True):
+            line |= {"judge": verdict, "judge_model": self.judge.model, "judge_reason": reason}
+        self.results["judge"] = {"model": self.judge.model, "unreadable": self.judge.unreadable}
+        report.write_predictions(self.args.out, self.lines.values())
+
+    def report_table(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> list[dict]:
+        """Judge, save and print the rows of a table. If the judge fails, only its column is missing."""
+        lines = {system: [self.lines[report.line_key(line)] for line in questions_to(system, dialogues)]
+                 for system in systems}
+        try:
+            if self.judge:
+                self.add_judge_scores([line for some in lines.values() for line in some])
+        finally:
+            rows = [report.make_row(asdict(system), some, self.args.seed) for system, some in lines.items()]
+            self.results["rows"] = list({row["system"]: row for row in (*self.results["rows"], *rows)}.values())
+            report.write_report(self.args.out, self.results)
+            print(report.headline(self.args.data, self.args.split, dialogues, rows))
+            print(report.format_tables(rows, self.args.paper))
+        return rows
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def numbers(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
     """60,30,10 -> [60, 30, 10]"""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise ValueError
-    return found
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} must be positive numbers such as 60,30,10")
+    return [int(part) for part in text.split(",")]
 
 
-def add_task_flags(parser: Parser) -> None:
-    """What is evaluated, and on which questions."""
+def add_flags(parser: Parser) -> None:
+    yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("systems (none named: baselines, base, and all that is in runs/)").add_argument
-    add("--manager", nargs="+", metavar="DIR", help="who keeps the bank: runs or adapters, base, or endpoint "
-        "(MANAGER_URL, MANAGER_MODEL, MANAGER_API_KEY in the environment)")
-    add("--answer", nargs="+", metavar="DIR", help="who answers: runs or adapters, or base (base)")
+    add("--manager", nargs="+", metavar="DIR", help="Managers: runs, adapters, base, or endpoint (MANAGER_URL, "
+        "MANAGER_MODEL, MANAGER_API_KEY in the environment)")
+    add("--answer", nargs="+", metavar="DIR", help="Answer Agents: runs, adapters, or base (base)")
     add("--system", nargs="+", choices=BASELINES, metavar="NAME", help=f"baselines: {', '.join(BASELINES)}")
-    add("--memories", type=numbers, metavar="N,N", help="memories shown, half of each speaker (synthetic: 4, and 20 to "
-        "a trained Answer Agent and its rivals; real data: 60)")
-    add("--reranker", metavar="DIR", help=f"a cross-encoder, to choose them out of {RERANK_FROM} times as many")
-    add("--distill", action=argparse.BooleanOptionalAction, default=True, help="select memories, then answer (yes)")
+    add("--memories", type=parse_counts, metavar="N,N", help="memories shown, half of each speaker (synthetic: "
+        "4, with trained Answer Agents 20; real data: 60)")
+    add("--reranker", metavar="DIR", help=f"cross-encoder that chooses them out of {RERANK_FROM} times as many")
+    add("--distill", action=yes_no, default=True, help="select memories, then answer (yes)")
     add = parser.add_argument_group("questions").add_argument
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file of one, or a "
-        "transcript of your own: see data/transcript.py (synthetic)")
+    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file in one of "
+        "these formats, or a transcript: see data/transcript.py (synthetic)")
     add("--split", default="test", help="train, val or test (test)")
     add("--category", type=int, nargs="+", metavar="N", help="only questions of these categories")
-    add("--limit", type=int, metavar="N",
-        help="only N of them: the first, or spread evenly where each has its own dialogue")
-    add("--seed", type=int, default=1, help="of synthetic conversations and of intervals (1, as in training)")
-
-
-def add_other_flags(parser: Parser) -> None:
-    """With which model, and what becomes of the answers."""
+    add("--limit", type=int, help="only N questions: the first, or evenly spread if each has its own dialogue")
+    add("--seed", type=int, default=1, help="seed of synthetic dialogues and of intervals (1, as in training)")
     add = parser.add_argument_group("model and memory").add_argument
     add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
     add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (GPU: bfloat16, CPU: float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the model (GPU: bfloat16, CPU: float32)")
     add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
-    add("--top-k", type=int, help="related memories shown to the Manager (4; real data 10)")
-    add("--named-only", action=argparse.BooleanOptionalAction, default=None,
-        help="search only the memories of the speaker a question names (yes where 4 are shown)")
-    add("--floor", type=float, help="show no memory less similar to the question than this, 0 to 1 (none)")
-    add("--extract", action=argparse.BooleanOptionalAction, default=None,
-        help="let the base model list the facts of a turn first (synthetic: no, real data: yes)")
-    add("--max-prompt-tokens", type=int,
-        help="longer prompts lose the least similar memories, full-context the oldest turns (1024; other models 4096)")
-    add("--max-new-tokens", type=int, help="of a Manager's output (80; other models 512)")
-    add("--max-answer-tokens", type=int, help="of an answer and its selection (48, 200 with a trained Answer Agent; "
-        "other models and real data 256)")
-    add("--at-once", type=int, default=64, metavar="N",
-        help="dialogues and questions in a batch; 1 to learn how long a single call takes (64)")
+    add("--top-k", type=int, help="related memories shown to the Manager (synthetic: 4, real data: 10)")
+    add("--named-only", action=yes_no, help="search only the memories of speakers that the question names "
+        "(synthetic data without trained Answer Agents: yes)")
+    add("--floor", type=float, help="lowest similarity of a memory that is shown, 0 to 1 (none)")
+    add("--extract", action=yes_no, help="the base model lists the facts of a turn (synthetic: no, real data: yes)")
+    add("--max-prompt-tokens", type=int, help="longer prompts drop memories (tiny model: 1024, others: 4096)")
+    add("--max-new-tokens", type=int, help="length of a Manager's output (tiny model: 80, others: 512)")
+    add("--max-answer-tokens", type=int, help="length of an answer with its selection (synthetic: 48, with trained "
+        "Answer Agents 200; other models and real data: 256)")
+    add("--at-once", type=int, default=64, help="dialogues and questions per batch; 1 times single calls (64)")
     add = parser.add_argument_group("reports").add_argument
-    add("--judge", metavar="MODEL", help="a language model marks the answers: endpoint (JUDGE_URL, JUDGE_MODEL, "
-        "JUDGE_API_KEY in the environment), base, or a model's hub id or folder")
-    add("--out", metavar="FILE.json", help="keep results, predictions and a plot; goes on if it was stopped")
-    add("--paper", action="store_true", help="print the paper's numbers on LoCoMo beside ours")
-    add("--compare", nargs=2, metavar=("A.json", "B.json"),
-        help="only compare two results, or two systems: A.json:SYSTEM")
+    add("--judge", metavar="MODEL", help="a language model also marks the answers: endpoint (JUDGE_URL, JUDGE_MODEL, "
+        "JUDGE_API_KEY in the environment), base, or a hub id or folder")
+    add("--out", metavar="FILE.json", help="write results, predictions and a plot; continue if it was stopped")
+    add("--paper", action="store_true", help="print the paper's results on LoCoMo next to these")
+    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="only compare two results or systems, A.json:SYSTEM")
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    """What depends on data and model is filled in as the training scripts do; what makes no sense is refused."""
+    """Parse the flags, fill in the defaults that depend on data and model, and refuse what makes no sense."""
     parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
                     epilog="examples:\n" + __doc__.split("\n\n")[1])
-    add_task_flags(parser)
-    add_other_flags(parser)
+    add_flags(parser)
     args = parser.parse_args(argv)
-    is_other, is_real = not is_tiny(args.model), args.data != "synthetic"
-    for name, value in {"top_k": BY_DATA["top_k"][is_real], "extract": BY_DATA["extract"][is_real],
-                        "max_prompt_tokens": BY_MODEL["max_prompt_tokens"][is_other],
-                        "max_new_tokens": BY_MODEL["max_new_tokens"][is_other]}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("limit", "at_once", "max_prompt_tokens", "max_new_tokens", "max_answer_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.top_k < 0:
-        raise UsageError(f"--top-k {args.top_k}: must be at least 0")
+    for defaults, column in ((BY_DATA, args.data != "synthetic"), (BY_MODEL, not is_tiny(args.model))):
+        for name, values in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, values[column])
+    for name in ("limit", "at_once", "max_prompt_tokens", "max_new_tokens", "max_answer_tokens", "top_k"):
+        value, least = getattr(args, name), int(name != "top_k")
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.floor is not None and not 0 <= args.floor <= 1:
         raise UsageError(f"--floor {args.floor}: must be from 0 to 1")
     for flag in ("manager", "answer"):
         for name in sorted({*BASELINES} & {*(getattr(args, flag) or [])}):
             raise UsageError(f"--{flag} {name} is a baseline: give --system {name}")
-    if "oracle" in (args.system or []) and is_real:
+    if "oracle" in (args.system or []) and args.data != "synthetic":
         raise UsageError("--system oracle needs known operations, which only --data synthetic has")
     if "endpoint" in (args.answer or []):
         raise UsageError("--answer endpoint: only a Manager can be hosted; give base or an adapter's folder")
@@ -444,43 +352,24 @@ def arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def save(args, evaluation: Evaluation, rows: list[dict]) -> None:
-    """FILE.json, replaced as a whole, with these rows beside those that it has of other systems."""
-    if args.out:
-        judge = evaluation.judge
-        evaluation.rows |= {row["system"]: row for row in rows}
-        about = {"judge": {"model": judge.model, "unreadable": judge.unreadable}} if judge else {}
-        report.write_report(args.out, {"data": args.data, "split": args.split, "settings": evaluation.settings,
-                                       "rows": list(evaluation.rows.values()), **about})
-
-
 def main(argv=None) -> None:
     args = arguments(argv)
     seed_everything(args.seed)
     if args.compare:
-        return print(report.comparison(*args.compare, args.seed))
+        return print(report.compare(*args.compare, args.seed))
     policy = Policy.load(args.model, args.device, args.dtype)
-    planned = plan(policy, args)
-    evaluation, tables = Evaluation(policy, args, planned), []
-    save(args, evaluation, [])
-    for dialogues, systems in planned:
-        evaluation.fill(dialogues, systems)
-    for dialogues, systems in planned:
-        lines = {system: [evaluation.lines[key] for key in evaluation.places(system, dialogues)] for system in systems}
-        try:
-            if args.judge:
-                evaluation.mark([line for some in lines.values() for line in some])
-        finally:  # a judge that falls silent costs its column alone
-            tables.append([report.row_of(asdict(system), lines[system], args.seed) for system in systems])
-            save(args, evaluation, tables[-1])
-            print(report.headline(args.data, args.split, dialogues, tables[-1]))
-            print(report.tables(tables[-1], args.paper))
+    tables = plan_tables(policy, args)
+    evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
+    report.write_report(args.out, evaluator.results)  # the settings, before the first answer
+    for table in tables:
+        evaluator.run_missing(*table)
+    rows = [evaluator.report_table(*table) for table in tables]
     print(report.LEGEND)
     if args.out:
-        plot_evaluation(Path(args.out).with_suffix(".png"), tables)
-        print(f"results are in {args.out}, every answer in {report.predictions_of(args.out)}")
+        plot_evaluation(Path(args.out).with_suffix(".png"), rows)
+        print(f"results are in {args.out}, every answer in {report.predictions_path(args.out)}")
 
 
 if __name__ == "__main__":
     exit_cleanly(main, less="--at-once or --max-prompt-tokens",
-                 go_on="with --out the same command goes on from here")
+                 resume_hint="with --out the same command continues from here")

@@ -4,8 +4,8 @@ Data parallelism under torchrun: every process holds the whole model and runs th
     torchrun --nproc_per_node=4 train_manager.py --algo grpo --model ...
 
 Expensive work is sharded: sampling by prompts (`Policy.sample`), scoring and the backward pass by groups
-(`Policy.micro_batches`), a paid judge by items (`map_sharded`). The results are gathered, so every process computes
-rewards, advantages and minibatches of the whole batch. A loss is divided by the size of the whole minibatch, so the sum
+(`Policy.micro_batches`). The results are gathered, so every process computes rewards, advantages and minibatches of the
+whole batch. A loss is divided by the size of the whole minibatch, so the sum
 of the processes' gradients is the gradient of a single process (up to rounding). All take the same optimizer step.
 
 Only rank 0 writes files and prints. Without torchrun there is one process, and every function returns its input.
@@ -18,7 +18,6 @@ import random
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -46,8 +45,6 @@ def seed_step(seed: int, step: int) -> None:
     transformers.set_seed(random.Random(f"{seed} {step} {rank()}").getrandbits(32))
 
 
-# ------------------------------------------------------------------------------------------------ objects
-
 def local_shard(items):
     """Return this process's part of a list: of [a, b, c], rank 0 of 2 gets [a] and rank 1 gets [b, c]."""
     return items[len(items) * rank() // world_size():len(items) * (rank() + 1) // world_size()]
@@ -62,15 +59,6 @@ def all_gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def map_sharded(work, items: list) -> list:
-    """Return `work(items)`. Equal items are always assigned to the same process, so none is paid for twice."""
-    if world_size() == 1:
-        return work(items)
-    own = sorted({item for item in items if crc32(repr(item).encode()) % world_size() == rank()})
-    results = dict(all_gather(list(zip(own, work(own), strict=True))))
-    return [results[item] for item in items]
-
-
 def rank0_result(function, *args):
     """Call the function on rank 0 only and return its result everywhere. It must not communicate itself."""
     if world_size() == 1:
@@ -83,8 +71,6 @@ def rank0_result(function, *args):
 def barrier() -> None:
     all_gather([])
 
-
-# ------------------------------------------------------------------------------------------------ tensors
 
 def all_reduce_sum(x):
     """Sum a tensor, or each number of a dict, over all processes."""
@@ -113,8 +99,6 @@ def broadcast_parameters(parameters) -> None:
     for x in parameters if world_size() > 1 else []:
         dist.broadcast(x.data, src=0)
 
-
-# ------------------------------------------------------------------------------------------------ start and end
 
 def distributed_main(main):
     """

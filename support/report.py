@@ -1,13 +1,18 @@
 """
-What is reported of answers: scores, intervals, tables, comparisons. Knows of no model: everything here is
-computed from lines, one for each answer a system gave, as they stand in FILE.predictions.jsonl:
+Statistics, tables, files and comparisons of an evaluation, computed from one line per answer. No model runs here.
+
+A line of FILE.predictions.jsonl:
 
     {"system": "base", "dialogue": "conv-41", "question": "conv-41:7", "category": 2, "text": "When did ...",
      "gold": "7 May 2023", "prediction": "May 2023", "em": 0.0, "f1": 0.8, ..., "bank": {"size": 211, "ops": ...}}
 
-The names of LoCoMo's categories are permuted in the paper (arXiv 2508.19828, Table 1): here they go by number, with
-both names. F1 and BLEU-1 are Mem0's, which the paper most likely uses; LoCoMo's own F1 stands beside them.
+`make_row` turns the lines of one system into its row of FILE.json, and the tables print rows.
+
+The paper (arXiv 2508.19828, Table 1) permutes the names of LoCoMo's categories, and so does its authors' code. The
+reports here use the numbers and print both names. F1 and BLEU-1 follow Mem0, as in the authors' code. `locomo_f1` is
+the benchmark's own F1.
 """
+import hashlib
 import json
 import string
 import textwrap
@@ -18,341 +23,352 @@ from pathlib import Path
 
 import numpy as np
 
-import answer
-import data
 from data import Dialogue, UsageError, longmemeval, msc, transcript
-from manager import EVENTS
-from support.run import note, tidy, write, writing
+from support.run import disk_errors, read_rows, to_json_safe, warn_once, write_file
 
 METRICS = ("em", "f1", "bleu1", "f1_locomo", "judge")
-NAMES = {  # the benchmark's name of a category and the paper's, in the paper's order; synthetic talk has LoCoMo's
+OPERATIONS = ("ADD", "UPDATE", "DELETE", "NOOP")
+LINE_KEYS = {"system", "dialogue", "question", "text", "gold", "category", "em", "bank", "seconds"}
+# Category number -> (name in the benchmark, name in the paper), in the order of the paper's table. Synthetic data uses
+# the numbers of LoCoMo.
+CATEGORY_NAMES = {
     1: ("multi-hop", "Single Hop"), 3: ("open-domain", "Multi-Hop"), 4: ("single-hop", "Open Domain"),
     2: ("temporal", "Temporal"), 5: ("adversarial", ""),
     **{number: (name, paper) for (number, name), paper in zip(
         longmemeval.CATEGORIES.items(), ("SSU", "SSP", "OD", "MS", "KU", "TR"), strict=True)},
     **{number: (name, "MSC") for number, name in msc.CATEGORIES.items()},
     **{number: (name, "") for number, name in transcript.CATEGORIES.items()}}
-PAPER = Path(data.__file__).parent / "paper.txt"  # its tables 1 and 3, columns as in `category_table`
+PAPER = Path(__file__).parents[1] / "data/paper.txt"  # the paper's Tables 1 and 3, with the columns of `category_table`
 LEGEND = """\
-EM: answers right to the word; F1, BLEU-1: words shared with the right answer
-(Mem0's definitions; F1 LoCoMo: that benchmark's); in percent, in brackets 95 %
-intervals over questions. bank: memories at the end; ADD/UPD/DEL/NOOP: edits of
-the Manager, in percent; agree: those that are the known ones. invalid: answers
-that cannot be read; cut: prompts without room for all memories, in percent.
-ms: median and 95th percentile; seconds: banks and answers together."""
+EM: exact match, case and punctuation ignored. F1, BLEU-1: word overlap with the
+reference answer (Mem0's definitions); F1 LoCoMo: that benchmark's own F1.
+Brackets: 95 % bootstrap intervals over questions. bank: memories at the end.
+ADD/UPD/DEL/NOOP: operations of the Manager. agree: turns whose edit equals the
+reference operation. invalid: outputs without a readable answer. cut: prompts
+that dropped memories to fit. All but bank, tokens and times are in percent.
+ms: median/95th percentile. seconds in all: building banks and answering."""
 
 
-# ------------------------------------------------------------------------------------------------ scores
+# ------------------------------------------------------------------------------------------------ statistics
 
 @lru_cache(maxsize=1)
-def stemmer():
-    """nltk's Porter stemmer with a memory for words, or None: nltk is an extra."""
+def porter_stemmer():
+    """Return nltk's Porter stemmer with a cache, or None without nltk, which is an optional extra."""
     try:
         from nltk.stem import PorterStemmer
     except ImportError:
-        note("no F1 LoCoMo without nltk's Porter stemmer: pip install nltk")
+        warn_once("the column F1 LoCoMo needs nltk's Porter stemmer: pip install nltk")
         return None
     return lru_cache(maxsize=1 << 16)(PorterStemmer().stem)
 
 
 def locomo_words(text: str) -> Counter:
-    """As LoCoMo compares them: lower case, no punctuation, no articles, stems. "The dogs, and 1,000" -> dog 1000"""
+    """Count stems in lower case, without punctuation and articles: "The dogs, and 1,000" -> {dog: 1, 1000: 1}"""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
-    return Counter(stemmer()(word) for word in text.split() if word not in ("a", "an", "the", "and"))
+    return Counter(porter_stemmer()(word) for word in text.split() if word not in ("a", "an", "the", "and"))
 
 
 def locomo_f1(prediction: str, reference: str, category: int | None = None) -> float:
     """
-    LoCoMo's F1 (snap-research/locomo, task_eval/evaluation.py), over multisets of stems. Category 1: the mean over the
-    reference's comma-separated parts of the best F1 of any part of the prediction; 3: only what the reference has
-    before ';'; 5: does the prediction say that nothing is known?
+    F1 over multisets of stems, as in LoCoMo's task_eval/evaluation.py. Category 1: every comma-separated part of the
+    reference is matched with the best part of the prediction, and the mean is returned. Category 3: only the reference
+    before ';' counts. Category 5: 1.0 if the prediction says that there is no information.
     """
     if category == 5:
         return float(any(phrase in prediction.lower() for phrase in ("no information available", "not mentioned")))
     if category == 1:
-        parts = [[locomo_f1(part, one) for part in prediction.split(",")] for one in reference.split(",")]
-        return sum(map(max, parts)) / len(parts)
+        best = [max(locomo_f1(part, wanted) for part in prediction.split(",")) for wanted in reference.split(",")]
+        return sum(best) / len(best)
     predicted, expected = map(locomo_words, (prediction, reference.split(";")[0] if category == 3 else reference))
     common = (predicted & expected).total()
     return 2 * common / (predicted.total() + expected.total()) if common else 0.0
 
 
-def scores(prediction, reference, category: int | None = None) -> dict[str, float]:
-    """
-    {"em", "f1", "bleu1", "f1_locomo"} of one answer, the last only where nltk is there. em: ours (answer.normalize);
-    f1, bleu1: Mem0's; `category`, LoCoMo's number, matters to f1_locomo alone.
-    """
-    prediction, reference = str(prediction), str(reference)
-    found = {"em": answer.exact_match(prediction, reference), "f1": answer.f1(prediction, reference),
-             "bleu1": answer.bleu1(prediction, reference)}
-    return found | ({"f1_locomo": locomo_f1(prediction, reference, category)} if stemmer() else {})
-
-
 @lru_cache(maxsize=32)
-def resampled(n: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each of n questions comes up in each resample. -> (resamples, n)"""
+def resample_counts(n: int, seed: int, resamples: int) -> np.ndarray:
+    """Draw n questions with replacement, `resamples` times. Returns how often each was drawn, (resamples, n)."""
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
 
 
-def interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> list[float]:
-    """95 % bootstrap interval of a mean: questions are drawn anew with replacement. (n,) -> [low, high]"""
-    means = resampled(len(values), seed, resamples) @ np.asarray(values, dtype=float) / len(values)
+def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> list[float]:
+    """95 % bootstrap interval of the mean. (n,) -> [low, high]"""
+    means = resample_counts(len(values), seed, resamples) @ np.asarray(values, dtype=float) / len(values)
     return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    """Median and 95th percentile; None without values."""
+    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95)} if len(values) else None
 
 
 # ------------------------------------------------------------------------------------------------ from lines to rows
 
-def by_category(lines: Sequence[dict]) -> dict[int, list[dict]]:
-    """Lines by the number of their category, in the order of `NAMES`."""
-    lines_of = {number: [line for line in lines if line["category"] == number] for number in NAMES}
-    return {number: some for number, some in lines_of.items() if some}
+def group_by_category(lines: Sequence[dict]) -> dict[int, list[dict]]:
+    """Group lines by category number, in the order of `CATEGORY_NAMES`."""
+    groups = {number: [line for line in lines if line["category"] == number] for number in CATEGORY_NAMES}
+    return {number: group for number, group in groups.items() if group}
 
 
-def summary(lines: Sequence[dict], seed: int) -> dict:
-    """Number of questions, means of the metrics that all have, and their intervals."""
+def summarize(lines: Sequence[dict], seed: int) -> dict:
+    """Number of questions, and mean and interval of each metric that all lines have."""
     values = {metric: [line.get(metric) for line in lines] for metric in METRICS}
-    values = {metric: some for metric, some in values.items() if None not in some}
-    return {"n": len(lines), "judge": None, **{metric: sum(some) / len(some) for metric, some in values.items()},
-            "interval": {metric: interval(some, seed) for metric, some in values.items()}}
+    values = {metric: found for metric, found in values.items() if None not in found}
+    return {"n": len(lines), "judge": None, **{metric: sum(found) / len(found) for metric, found in values.items()},
+            "interval": {metric: bootstrap_interval(found, seed) for metric, found in values.items()}}
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95)} if len(values) else None
-
-
-def row_of(system: dict, lines: Sequence[dict], seed: int) -> dict:
-    """What is reported of a system, whose own fields come first. The Manager's percentiles are means over banks."""
+def make_row(system: dict, lines: Sequence[dict], seed: int) -> dict:
+    """Report of one system, whose own fields come first. The Manager's percentiles are means over banks."""
     banks = list({line["dialogue"]: line["bank"] for line in lines}.values())
-    judged, calls = sum(bank.get("judged", 0) for bank in banks), [bank["calls"] for bank in banks if bank.get("calls")]
-    spent = {part: [line["seconds"][part] for line in lines] for part in ("search", "answer")}
-    return {**system, "overall": summary(lines, seed),
-            "by_category": {number: {"names": NAMES[number], **summary(some, seed)}
-                            for number, some in by_category(lines).items()},
+    calls = [bank["calls"] for bank in banks if bank.get("calls")]
+    num_labeled = sum(bank.get("num_labeled", 0) for bank in banks)
+    seconds = {part: [line["seconds"][part] for line in lines] for part in ("search", "answer")}
+    latency = {"manager": {key: float(np.mean([call[key] for call in calls])) for key in calls[0]} if calls else None}
+    return {**system, "overall": summarize(lines, seed),
+            "by_category": {number: {"names": CATEGORY_NAMES[number], **summarize(group, seed)}
+                            for number, group in group_by_category(lines).items()},
             "bank_size": sum(bank["size"] for bank in banks) / len(banks),
             "ops": dict(sum((Counter(bank.get("ops", {})) for bank in banks), Counter())),
-            "agreement": sum(bank["agreed"] for bank in banks) / judged if judged else None,
+            "agreement": sum(bank["num_matching"] for bank in banks) / num_labeled if num_labeled else None,
             "invalid_rate": sum(not line["is_valid"] for line in lines) / len(lines),
             "cut_rate": sum(line["dropped"] > 0 for line in lines) / len(lines),
             "manager_tokens": sum(bank.get("tokens", 0) for bank in banks),
             "answer_tokens": sum(line["tokens"] for line in lines),
             "at_once": max(line.get("at_once", 1) for line in lines),
-            "latency": {"manager": {name: float(np.mean([call[name] for call in calls])) for name in calls[0]}
-                        if calls else None, **{part: percentiles(some) for part, some in spent.items()}},
-            "seconds": sum(bank.get("seconds", 0) for bank in banks) + sum(map(sum, spent.values()))}
+            "latency": latency | {part: percentiles(values) for part, values in seconds.items()},
+            "seconds": sum(bank.get("seconds", 0) for bank in banks) + sum(map(sum, seconds.values()))}
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
-def percent(part: dict, metric: str, with_interval: bool = True, form: str = ".1f") -> str:
-    """50.4 [45.6, 55.1], or - where it was not measured."""
+def format_score(part: dict, metric: str, with_interval: bool = True, form: str = ".1f") -> str:
+    """'50.4 [45.6, 55.1]' in percent; '-' if it was not measured."""
     if part.get(metric) is None:
         return "-"
     low, high = (f"{100 * end:{form}}" for end in part["interval"][metric])
     return f"{100 * part[metric]:{form}}" + (f" [{low}, {high}]" if with_interval else "")
 
 
-def share(value: float | None) -> str:
-    """43; 0 reads -, like what was not measured: most are."""
-    return f"{100 * value:.0f}" if value else "-"
+def format_rate(rate: float | None) -> str:
+    """0.43 -> '43'; '-' for 0 as well as for None, so that columns without any event can be left out."""
+    return f"{100 * rate:.0f}" if rate else "-"
 
 
-def edits(row: dict) -> str:
-    total = sum(row["ops"].get(event, 0) for event in EVENTS)
-    return "/".join(f"{100 * row['ops'].get(event, 0) / total:.0f}" for event in EVENTS) if total else "-"
+def format_ops(ops: dict[str, int]) -> str:
+    """{"ADD": 3, "NOOP": 1} -> '75/0/0/25'"""
+    total = sum(ops.get(event, 0) for event in OPERATIONS)
+    return "/".join(f"{100 * ops.get(event, 0) / total:.0f}" for event in OPERATIONS) if total else "-"
 
 
-def milliseconds(row: dict, part: str) -> str:
-    found = row["latency"][part]
-    return f"{1000 * found['p50']:.1f}/{1000 * found['p95']:.1f}" if found else "-"
+def format_latency(latency: dict[str, float] | None) -> str:
+    return f"{1000 * latency['p50']:.1f}/{1000 * latency['p95']:.1f}" if latency else "-"
 
 
-SCORES = {
+SCORE_COLUMNS = {
     "system": lambda row: row["system"],
-    "EM": lambda row: percent(row["overall"], "em"), "F1": lambda row: percent(row["overall"], "f1"),
-    "BLEU-1": lambda row: percent(row["overall"], "bleu1", False),
-    "F1 LoCoMo": lambda row: percent(row["overall"], "f1_locomo", False),
-    "judge": lambda row: percent(row["overall"], "judge")}
-MEMORY = {
-    "memory": lambda row: row["system"], "bank": lambda row: f"{row['bank_size']:.1f}", "ADD/UPD/DEL/NOOP": edits,
-    "agree": lambda row: share(row["agreement"]),
+    "EM": lambda row: format_score(row["overall"], "em"),
+    "F1": lambda row: format_score(row["overall"], "f1"),
+    "BLEU-1": lambda row: format_score(row["overall"], "bleu1", False),
+    "F1 LoCoMo": lambda row: format_score(row["overall"], "f1_locomo", False),
+    "judge": lambda row: format_score(row["overall"], "judge")}
+MEMORY_COLUMNS = {
+    "memory": lambda row: row["system"],
+    "bank": lambda row: f"{row['bank_size']:.1f}",
+    "ADD/UPD/DEL/NOOP": lambda row: format_ops(row["ops"]),
+    "agree": lambda row: format_rate(row["agreement"]),
     "tokens": lambda row: f"{row['manager_tokens']:.0f}" if row["manager_tokens"] else "-",
-    "ms a turn": lambda row: milliseconds(row, "manager")}
-ANSWERS = {
-    "answers": lambda row: row["system"], "invalid": lambda row: share(row["invalid_rate"]),
-    "cut": lambda row: share(row["cut_rate"]),
+    "ms a turn": lambda row: format_latency(row["latency"]["manager"])}
+ANSWER_COLUMNS = {
+    "answers": lambda row: row["system"],
+    "invalid": lambda row: format_rate(row["invalid_rate"]),
+    "cut": lambda row: format_rate(row["cut_rate"]),
     "tokens each": lambda row: f"{row['answer_tokens'] / row['overall']['n']:.1f}",
-    "ms to search": lambda row: milliseconds(row, "search"), "ms to answer": lambda row: milliseconds(row, "answer"),
+    "ms to search": lambda row: format_latency(row["latency"]["search"]),
+    "ms to answer": lambda row: format_latency(row["latency"]["answer"]),
     "seconds in all": lambda row: f"{row['seconds']:.0f}"}
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right; without those that hold but "-"."""
+def align_columns(cells: Sequence[Sequence[str]]) -> str:
+    """Align the first column left and the others right. Columns that hold only '-' are left out."""
     first, *others = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"-"}]
     columns = [[cell.ljust(max(map(len, first))) for cell in first],
                *([cell.rjust(max(map(len, column))) for cell in column] for column in others)]
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
-def table(rows: Sequence[dict], columns: dict) -> str:
-    return aligned([list(columns), *([show(row) for show in columns.values()] for row in rows)])
+def format_table(rows: Sequence[dict], columns: dict) -> str:
+    return align_columns([list(columns), *([show(row) for show in columns.values()] for row in rows)])
 
 
 def category_table(rows: Sequence[dict]) -> str:
-    """F1/BLEU-1 and, where there is one, the judge's share, by category and overall, as the paper has it."""
+    """F1/BLEU-1, and the judge's score if there is one, by category and overall, in the layout of the paper."""
     metrics = [metric for metric in ("f1", "bleu1", "judge") if rows[0]["overall"][metric] is not None]
     heads = [("F1/BLEU-1/judge" if "judge" in metrics else "F1/BLEU-1", "  the paper's", "  questions"),
              *((*textwrap.wrap(f"{number} {part['names'][0]}", 14), part["names"][1], str(part["n"]))
                for number, part in rows[0]["by_category"].items()),
              ("overall", "Overall", str(rows[0]["overall"]["n"]))]
-    height = max(map(len, heads))  # of the longest name, "13 single-session-assistant"
+    height = max(map(len, heads))
     heads = [("",) * (height - len(head)) + head for head in heads]
-    cells = [[row["system"], *("/".join(percent(part, metric, False) for metric in metrics)
+    cells = [[row["system"], *("/".join(format_score(part, metric, False) for metric in metrics)
                                for part in (*row["by_category"].values(), row["overall"]))] for row in rows]
-    return aligned([*zip(*heads, strict=True), *cells])
+    return align_columns([*zip(*heads, strict=True), *cells])
 
 
 def headline(benchmark: str, split: str, dialogues: Sequence[Dialogue], rows: Sequence[dict]) -> str:
-    """What the tables below it are about."""
+    """Questions, dialogues and number of memories shown, printed above the tables."""
     num_turns = sum(len(dialogue.turns) for dialogue in dialogues) / len(dialogues)
-    whole = not rows[0]["named_only"]  # else a question that names one person is shown half
-    counts = " or ".join(dict.fromkeys(str(row["memories"] if whole else max(1, row["memories"] // 2)) for row in rows))
-    whose = "half of each speaker" if whole else "of each person a question names"
+    counts = " or ".join(dict.fromkeys(str(max(1, row["memories"] // 2)) for row in rows))
+    named = " that the question names" if rows[0]["named_only"] else ""
     return (f"{benchmark}, split {split}: {rows[0]['overall']['n']} questions about {len(dialogues)} x {num_turns:.0f} "
-            f"turns\nshown: {counts} memories, {whose}\n")
+            f"turns\nmemories shown: {counts} of each speaker{named}\n")
 
 
-def tables(rows: Sequence[dict], with_paper: bool) -> str:
-    """All of the terminal's tables for systems that were asked the same questions."""
-    parts = [table(rows, SCORES), category_table(rows), *([PAPER.read_text()] if with_paper else []),
-             *(table(rows, columns) for columns in (MEMORY, ANSWERS))]
-    at_once = max(row["at_once"] for row in rows)  # as measured: answers may stem from an earlier start
-    batches = "" if at_once == 1 else f"(shares of batches of up to {at_once}: --at-once 1 times single calls)\n"
-    return "\n\n".join(parts) + "\n" + batches
+def format_tables(rows: Sequence[dict], with_paper: bool = False) -> str:
+    """Every table of systems that were asked the same questions."""
+    parts = [format_table(rows, SCORE_COLUMNS), category_table(rows), *([PAPER.read_text()] if with_paper else []),
+             format_table(rows, MEMORY_COLUMNS), format_table(rows, ANSWER_COLUMNS)]
+    at_once = max(row["at_once"] for row in rows)  # as recorded: answers may come from an earlier start
+    note = f"(times are per item in batches of up to {at_once}; --at-once 1 times single calls)\n"
+    return "\n\n".join(parts) + "\n" + (note if at_once > 1 else "")
 
 
 # ------------------------------------------------------------------------------------------------ files
 
-def predictions_of(path: str | Path) -> Path:
+def predictions_path(path: str | Path) -> Path:
     """runs/x.json -> runs/x.predictions.jsonl"""
     return Path(path).with_suffix(".predictions.jsonl")
 
 
+def line_key(line: dict) -> tuple:
+    """The system and the question of a line."""
+    return line["system"], line["dialogue"], line["question"], line["text"], line["gold"]
+
+
+def checksum(parts) -> str:
+    """A short SHA-256 of byte strings or tensors."""
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(part if isinstance(part, bytes) else part.detach().float().cpu().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def read_report(path: str | Path) -> dict:
+    """Read FILE.json."""
     try:
         report = json.loads(Path(path).read_bytes())
-        if not ({"data", "split", "settings"} <= set(report)
-                and all(row["system"] and row["overall"]["n"] for row in report["rows"])):
-            raise ValueError
-        return report
+        if all(row["overall"]["n"] and row["system"] for row in report["rows"]) and {"data", "split"} <= report.keys():
+            return report
+        reason = "it holds no results"
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = getattr(error, "strerror", None) or "it holds no results"
-        raise UsageError(f"{path}: cannot be read ({reason}); give a file that evaluate.py --out wrote") from None
+    raise UsageError(f"{path}: cannot be read ({reason}); give a file that evaluate.py --out wrote")
 
 
-def write_report(path: str | Path, report: dict) -> None:
-    """FILE.json, replaced as a whole."""
-    with writing(Path(path).parent):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write(Path(path), (json.dumps(tidy(report), indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The lines of a predictions file, without the last if a kill tore it."""
-    lines = []
-    for number, text in enumerate(Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else [], 1):
-        try:
-            line = json.loads(text)
-            key_of(line), line["category"], line["em"], line["bank"]["size"], line["seconds"]["answer"]
-            lines.append(line)
-        except (ValueError, LookupError, TypeError):
-            raise UsageError(f"{path}: line {number} is no prediction; delete that line, or the file") from None
+def read_predictions(path: str | Path) -> list[dict]:
+    """Read FILE.predictions.jsonl; a line that a kill cut short is skipped."""
+    lines = read_rows(path)
+    if any(not LINE_KEYS <= set(line) for line in lines):
+        raise UsageError(f"{path} has lines that are no predictions: delete them, or the file")
     return lines
 
 
-def write_lines(path: str | Path, lines: Iterable[dict]) -> None:
-    """FILE.predictions.jsonl, replaced as a whole."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with writing(Path(path).parent):
-        write(predictions_of(path), text.encode("utf-8", "replace"))
+def replace_file(path: Path, text: str) -> None:
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text.encode("utf-8", "replace"))
 
 
-def kept(path: str | Path, fingerprints: dict[tuple, str], settings: dict) -> tuple[list[dict], dict[str, dict]]:
+def write_report(path: str | None, report: dict) -> None:
+    """Replace FILE.json, if the user named one."""
+    if path:
+        replace_file(Path(path), json.dumps(to_json_safe(report), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_predictions(path: str | None, lines: Iterable[dict]) -> None:
+    """Replace FILE.predictions.jsonl, if the user named a file."""
+    if path:
+        replace_file(predictions_path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def load_previous_predictions(path: str | None, report: dict) -> dict[tuple, dict]:
     """
-    The answers of an earlier evaluation into FILE.json, and what it reports of each system. A torn line is cut off.
-    Answers whose fingerprint is another are refused, since they were given with other settings, and so is a report.
+    The lines of an earlier evaluation into FILE.json, by `line_key`. Their rows and settings are added to `report`.
+
+    One rule keeps a file consistent: every system that has lines must have been evaluated with the settings of this
+    evaluation. FILE.json records the shared "settings" and the "systems" {name: settings}, with checksums of weights
+    and data. If they differ, the evaluation is refused and nothing is changed.
     """
-    before = read_report(path) if Path(path).exists() else {"settings": settings, "rows": []}
-    predictions, past = predictions_of(path), before["settings"]
-    lines = read_lines(predictions)
-    answered = {line["system"] for line in lines}
-    rows = {row["system"]: row for row in before["rows"] if row["system"] in answered}
-    others = [line["system"] for line in lines if line.get("fingerprint") != fingerprints.get(
-        (line["system"], line["dialogue"]), line.get("fingerprint"))] or [*rows] * (past != settings)
-    if others:
-        changed = [f"{name} was {past.get(name)}" for name, value in settings.items()
-                   if past.get(name) != value] or ["of what it was shown, of its adapters, or of the conversation"]
-        raise UsageError(f"{predictions}: {others[0]!r} was evaluated with other settings ({', '.join(changed)}): "
-                         "choose another --out, or delete that file")
-    if predictions.exists() and not predictions.read_bytes().endswith(b"\n"):
-        write_lines(path, lines)
-    return lines, rows
-
-
-def key_of(line: dict) -> tuple:
-    """What was asked, and of whom."""
-    return line["system"], line["dialogue"], line["question"], line["text"], line["gold"]
+    if not path:
+        return {}
+    previous = read_report(path) if Path(path).exists() else {}
+    lines, recorded = read_predictions(predictions_path(path)), previous.get("systems", {})
+    answered = list(dict.fromkeys(line["system"] for line in lines))
+    for name in answered:
+        before = previous.get("settings", {}) | recorded.get(name, {})
+        wanted = to_json_safe(report["settings"] | report["systems"].get(name, recorded.get(name, {})))
+        changed = [f"{key} was {before.get(key)}" for key, value in wanted.items() if before.get(key) != value]
+        if changed:
+            reason = ", ".join(changed) if name in recorded else f"{path} does not record them"
+            raise UsageError(f"{predictions_path(path)}: {name!r} was evaluated with other settings ({reason}): "
+                             "choose another --out, or delete that file")
+    report["systems"] = recorded | report["systems"]
+    report["rows"] = [row for row in previous.get("rows", []) if row["system"] in answered]
+    if predictions_path(path).exists() and not predictions_path(path).read_bytes().endswith(b"\n"):
+        write_predictions(path, lines)
+    return {line_key(line): line for line in lines}
 
 
 # ------------------------------------------------------------------------------------------------ comparison
 
 def read_result(name: str) -> tuple[dict, dict[str, dict]]:
-    """FILE.json or FILE.json:SYSTEM -> its report, and {system: {what was asked: line}}"""
+    """FILE.json or FILE.json:SYSTEM -> (report, {system: {question: line}})"""
     path, is_named, wanted = name.partition(".json:")
     path = f"{path}.json" if is_named else name
-    report, systems = read_report(path), {}
-    for line in read_lines(predictions_of(path)):
-        systems.setdefault(line["system"], {})[key_of(line)[1:]] = line
-    rows = {row["system"]: row["overall"]["n"] for row in report["rows"]}
-    for system, n in rows.items():
-        if (num_lines := len(systems.get(system, ()))) < n:
-            raise UsageError(f"{predictions_of(path)} has {num_lines} of the {n} answers of {system}: start that "
-                             "evaluation again, it goes on from there")
-    if not rows or is_named and wanted not in rows:
-        there = ", ".join(rows) or "none, for it did not come to an end"
+    report = read_report(path)
+    sizes = {row["system"]: row["overall"]["n"] for row in report["rows"]}
+    systems: dict[str, dict] = {system: {} for system in sizes if wanted in ("", system)}
+    for line in read_predictions(predictions_path(path)):
+        if line["system"] in systems:
+            systems[line["system"]][line_key(line)[1:]] = line
+    if not systems:
+        there = ", ".join(sizes) or "none, because the evaluation was stopped early"
         raise UsageError(f"{path} has no system {wanted!r}: there is {there}")
-    return report, {system: systems[system] for system in rows if wanted in ("", system)}
+    for system, lines in systems.items():
+        if len(lines) < sizes[system]:
+            raise UsageError(f"{predictions_path(path)} has {len(lines)} of the {sizes[system]} answers of {system}: "
+                             "run that evaluation again, it continues from there")
+    return report, systems
 
 
-def comparison(first: str, second: str, seed: int = 0) -> str:
-    """The second result minus the first on the questions of both, system by system, overall and by category."""
-    (report, ones), (other, others) = read_result(first), read_result(second)
+def compare(first: str, second: str, seed: int = 0) -> str:
+    """Second result minus first, on the questions that both have, per system, overall and by category."""
+    (report, ours), (other, theirs) = read_result(first), read_result(second)
     for key in ("data", "split"):
         if report[key] != other[key]:
-            raise UsageError(f"{first} is of {key} {report[key]}, {second} of {other[key]}: give two of the same")
-    pairs = [(*ones, *others)] if len(ones) == len(others) == 1 else [(name, name) for name in ones if name in others]
+            raise UsageError(f"{first} has {key} {report[key]}, {second} has {other[key]}: give two with the same")
+    pairs = [(*ours, *theirs)] if len(ours) == len(theirs) == 1 else [(name, name) for name in ours if name in theirs]
     if not pairs:
         raise UsageError(f"{first} and {second} share no system: name one of each, as FILE.json:SYSTEM")
-    tables = [paired_table(f"{b} minus {a}", ones[a], others[b], seed)
-              for a, b in pairs if ones[a].keys() & others[b].keys()]
+    tables = [paired_table(f"{b} minus {a}", ours[a], theirs[b], seed)
+              for a, b in pairs if ours[a].keys() & theirs[b].keys()]
     if not tables:
         raise UsageError(f"{first} and {second} share no question: evaluate both with the same --seed and --category")
-    return "\n\n".join([*tables, "in percentage points, with 95 % bootstrap intervals over the questions of both"])
+    return "\n\n".join([*tables, "in percentage points, with 95 % bootstrap intervals over the shared questions"])
 
 
-def both_have(metric: str, one: dict, other: dict) -> bool:
-    """Two answers' scores can be compared: both are there, and a judge's are the same judge's."""
-    is_same = metric != "judge" or one.get("judge_model") == other.get("judge_model")
-    return is_same and None not in (one.get(metric), other.get(metric))
+def difference(line: dict, other: dict) -> dict:
+    """The other line's metrics minus this line's. Verdicts of two different judges are not compared."""
+    metrics = [metric for metric in METRICS if None not in (line.get(metric), other.get(metric))
+               and (metric != "judge" or line.get("judge_model") == other.get("judge_model"))]
+    return {"category": line["category"], **{metric: other[metric] - line[metric] for metric in metrics}}
 
 
-def paired_table(title: str, ones: dict, others: dict, seed: int) -> str:
-    lines = [{"category": line["category"], **{metric: others[key][metric] - line[metric] for metric in METRICS
-                                               if both_have(metric, line, others[key])}}
-             for key, line in ones.items() if key in others]
+def paired_table(title: str, ours: dict, theirs: dict, seed: int) -> str:
+    lines = [difference(line, theirs[key]) for key, line in ours.items() if key in theirs]
     cells = [[title, "questions", "EM", "F1", "BLEU-1", "F1 LoCoMo", "judge"]]
-    for number, some in {"overall": lines, **by_category(lines)}.items():
-        part = summary(some, seed)
-        cells.append([f"{number} {NAMES.get(number, ('',))[0]}".strip(), str(len(some)),
-                      *(percent(part, metric, form="+.1f") for metric in METRICS)])
-    return aligned(cells)
+    for number, group in {"overall": lines, **group_by_category(lines)}.items():
+        part = summarize(group, seed)
+        cells.append([f"{number} {CATEGORY_NAMES.get(number, ('',))[0]}".strip(), str(len(group)),
+                      *(format_score(part, metric, form="+.1f") for metric in METRICS)])
+    return align_columns(cells)

@@ -10,7 +10,6 @@ A run's folder: settings, metrics, samples, and the checkpoints to resume from. 
 After a kill, `--resume` drops the lines that are newer than the last checkpoint and continues from it. Generators are
 seeded from (seed, step, rank), so a resumed run writes the same numbers as an uninterrupted one.
 """
-import argparse
 import functools
 import importlib.metadata
 import io
@@ -44,8 +43,6 @@ COLUMNS = {  # of a line on the terminal
     "selected": "selected {:4.1f}", "evidence": "evidence {:.2f}",
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
-DROPPED_FIRST = (  # where the terminal is too narrow for all columns
-    "clip_rate", "invalid_rate", "entropy", "completion_tokens", "value_loss", "zero_std_rate", "selected")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -139,7 +136,7 @@ def folder_lock(folder: Path):
         lock.release()
 
 
-def check_out(args: argparse.Namespace) -> None:
+def check_out(args) -> None:
     """Refuse an --out that is in use or would be overwritten, before models are loaded and banks are built."""
     if args.resume and args.overwrite:
         raise UsageError("--resume continues the run in --out and --overwrite replaces it: give one of them")
@@ -206,9 +203,9 @@ class Run:
         self.folder, self.config = Path(folder), dict(config)
         self.intact = None  # the newest checkpoint known to be intact; kept until there is a newer one
         self.is_interrupted = False  # Ctrl-C was pressed
-        libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-        settings = {**self.config, "versions": {"python": platform.python_version(), **libraries}}
-        settings = json.loads(json.dumps(settings | {"processes": world_size()}, default=str))
+        versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name)
+                                                            for name in ("torch", "transformers", "numpy")}}
+        settings = json.dumps({**self.config, "versions": versions, "processes": world_size()}, indent=2, default=str)
         if not is_rank0():
             return
         with disk_errors(self.folder):
@@ -218,11 +215,11 @@ class Run:
             if not resume:
                 refuse_existing_run(self.folder)
             elif holds_run(self.folder):
-                check_resumed_config(self.folder / "config.json", settings)
+                check_resumed_config(self.folder / "config.json", json.loads(settings))
                 self.rewind()
             else:
                 warn_once(f"{self.folder} holds no run to resume: starting one")
-            write_file(self.folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+            write_file(self.folder / "config.json", settings.encode() + b"\n")
 
     def clear(self):
         """Remove the files of an earlier run, and no others."""
@@ -279,14 +276,11 @@ class Run:
         return any(row.get("eval") == "trained" and row["step"] == steps for row in rows)
 
     def line(self, step: int, metrics: dict) -> str:
-        """One step on the terminal, as far as it fits: `step  12/60  reward  0.71  zero-std 0.12  ...    1.4 s`"""
+        """One step on the terminal: `step  12/60  reward  0.71  zero-std 0.12  ...    1.4 s`"""
         steps = self.config.get("steps")
-        parts = {"step": f"step {step:{max(3, len(str(steps)))}}/{steps}" if steps else f"step {step:5}"}
-        parts |= {key: form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None}
-        for key in DROPPED_FIRST:
-            if len("  ".join(parts.values())) > shutil.get_terminal_size((200, 0)).columns:
-                parts.pop(key, None)
-        return "  ".join(parts.values())
+        parts = [f"step {step:{max(3, len(str(steps)))}}/{steps}" if steps else f"step {step:5}"]
+        parts += [form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None]
+        return "  ".join(parts)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

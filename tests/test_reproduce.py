@@ -1,4 +1,4 @@
-"""The commands of the README's "Reproduce the paper", read from there and run as they stand, but for what is big."""
+"""The commands of docs/reproduce.md, run as they are printed, with small models and files instead of large ones."""
 import json
 import re
 import shlex
@@ -22,21 +22,21 @@ from policy import Policy
 from support import plots, report
 from support.run import read_rows
 
-SECTION = (Path(__file__).parents[1] / "README.md").read_text().split("## Reproduce the paper\n")[1].split("\n##")[0]
-BLOCK = SECTION.split("```")[1].replace("\\\n", " ").strip().splitlines()
+PAGE = Path(__file__).parents[1] / "docs/reproduce.md"
+SECTION = PAGE.read_text(encoding="utf-8").split("\n## Commands\n")[1].split("\n## ")[0]
+BLOCK = SECTION.split("```sh\n")[1].split("```")[0].replace("\\\n", " ").strip().splitlines()
 TABLE = [line.strip("| ").split(" | ") for line in SECTION[SECTION.index("| in the paper"):].splitlines()
          if line.startswith("| ")]
 SCRIPTS = {"train_manager.py": train_manager, "train_answer.py": train_answer, "evaluate.py": evaluate,
-           "plots.py": plots}
-SMALL = {  # flags added to a script's; of one that is given twice, the last counts
-    "train_manager.py": "--steps 1 --batch-size 2 --group-size 2 --rank 2 --max-new-tokens 24 --max-answer-tokens 8 "
-                        "--no-extract",  # so that there is something to clone, whatever the tiny model makes of a turn
-    "train_answer.py": "--steps 1 --batch-size 2 --group-size 2 --rank 2 --max-new-tokens 8 --max-operation-tokens 24",
-    "evaluate.py": "--limit 2 --max-new-tokens 24 --max-answer-tokens 8 --out x.json", "plots.py": ""}
+           "support.plots": plots}
+SMALL = {  # flags that are added to those of a command; the last of two equal flags counts
+    "train_manager.py": "--steps 1 --batch-size 2 --rank 2 --max-new-tokens 24 --max-answer-tokens 8 --no-extract",
+    "train_answer.py": "--steps 1 --batch-size 2 --rank 2 --max-new-tokens 8 --max-operation-tokens 24",
+    "evaluate.py": "--limit 2 --max-new-tokens 24 --max-answer-tokens 8 --out x.json", "support.plots": ""}
 
 
 def commands() -> dict[str, str]:
-    """{place in the README: command}, `...` and what the table's heading says filled in, variables not yet."""
+    """{row of the table: command}, with `...` and the beginning from the table's heading filled in."""
     found = {f"training {i}": line for i, line in enumerate(BLOCK) if line.startswith("python ")}
     evaluation, *added = re.findall("`([^`]+)`", TABLE[0][1])
     for name, cell in TABLE[1:]:
@@ -60,10 +60,7 @@ FOLDERS = set(re.findall(r"runs/[\w-]+", SECTION))
 
 @pytest.fixture(scope="module")
 def around(tmp_path_factory):
-    """
-    What the commands need: benchmarks of a few turns, under the names that are fetched otherwise, a run of every name,
-    a cross-encoder that knows nothing.
-    """
+    """Files for the commands: benchmarks of a few turns, a run for every name, an untrained cross-encoder."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("around")
     (folder / "data").mkdir()
@@ -93,7 +90,7 @@ def around(tmp_path_factory):
 
 @pytest.fixture
 def server(serve, monkeypatch):
-    """It lists what was said as a fact, adds every fact, and finds every answer right."""
+    """A server whose model extracts every turn as a fact, adds every fact, and marks every answer as right."""
     def rule(messages):
         *_, text, wanted = messages[-1]["content"].splitlines()
         return {"facts:": json.dumps([text]), "operations:": json.dumps([{"event": "ADD", "text": text}]),
@@ -106,9 +103,13 @@ def server(serve, monkeypatch):
 
 
 def arguments(command: str, around: Path) -> tuple[str, list[str]]:
-    """The script and its flags, those that are big replaced or outdone."""
+    """The script and its flags, with small values in the place of large ones."""
     assert set(re.findall(r"(\w+)=", BLOCK[0])) == {"M", "E"}
     _, script, *flags = shlex.split(Template(command).substitute(M=TINY, E=f"hash+{around / 'cross'}"))
+    if script == "-m":
+        script, *flags = flags
+    if script.startswith("train_") and "sft" not in flags:  # sft has no groups
+        flags += ["--group-size", "2"]
     if "--reranker" in flags:
         flags[flags.index("--reranker") + 1] = str(around / "cross")
     return script, [*flags, *SMALL[script].split()]
@@ -120,12 +121,12 @@ def test_a_command_does_what_it_promises(place, around, server, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MEMORY_R1_DATA", str(around / "data"))
-    args = SCRIPTS[script].arguments(flags) if script != "plots.py" else Namespace(out=None)
+    args = SCRIPTS[script].arguments(flags) if script != "support.plots" else Namespace(out=None)
     Path("runs").mkdir()
     for run in FOLDERS - {args.out}:
         Path(run).symlink_to(around / run)
     SCRIPTS[script].main(flags)
-    check = {"evaluate.py": check_report, "plots.py": check_plot}.get(script, check_run)
+    check = {"evaluate.py": check_report, "support.plots": check_plot}.get(script, check_run)
     check(args, capsys.readouterr().out, server)
 
 
@@ -139,7 +140,7 @@ def check_run(args, printed, server):
 
 
 def check_report(args, printed, server):
-    found, lines = json.loads(Path("x.json").read_text()), report.read_lines("x.predictions.jsonl")
+    found, lines = json.loads(Path("x.json").read_text()), report.read_predictions("x.predictions.jsonl")
     num_systems = len([*(args.system or []), *(args.manager or [])]) * len(args.answer or ["base"])
     assert len(found["rows"]) == num_systems and len(lines) == 2 * num_systems and Path("x.png").is_file()
     for row in found["rows"]:

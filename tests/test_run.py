@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from data import UsageError
-from support import run as runs
 from support.run import Run, append_rows, read_rows
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
@@ -70,24 +69,11 @@ def test_log(tmp_path):
     assert len(rows) == 2 and rows[0]["reward"] == {"em": 1.0, "judge": None, "not_finite": ["judge"]}
 
 
-def test_line(tmp_path):
+def test_line_of_the_terminal(tmp_path):
     metrics = {"reward": 0.7123, "zero_std_rate": 0.12, "kl": 0.0131, "completion_tokens": 21.2,
                "seconds": 1.41, "invalid_rate": 0.03, "ops": {}, "entropy": math.nan, "value_loss": None}
     assert Run(tmp_path, CONFIG).line(12, metrics) == (
         "step  12/60  reward  0.71  zero-std 0.12  kl 0.013  entropy nan  tokens  21  invalid 0.03    1.4 s")
-
-
-def test_a_line_fits_a_narrow_terminal(tmp_path, monkeypatch):
-    every = {key: 0.12 for key in runs.COLUMNS if key not in ("eval", "loss", "n", "em", "f1", "agreement")}
-    run = Run(tmp_path, CONFIG)
-    monkeypatch.setenv("COLUMNS", "80")
-    for agent in ({"selected", "evidence"}, {"bank_size"}):  # columns of the other agent
-        line = run.line(12, {key: value for key, value in every.items() if key not in agent})
-        assert len(line) <= 80 and "reward  0.12" in line and "explained  0.12" in line and "0.1 s" in line
-    monkeypatch.setenv("COLUMNS", "100")  # the least important columns are dropped first
-    assert run.line(12, {"reward": 0.7, "zero_std_rate": 0.1, "kl": 0.01, "clip_rate": 0.0, "entropy": 0.1,
-                         "completion_tokens": 21, "bank_size": 6, "seconds": 1}) == (
-        "step  12/60  reward  0.70  zero-std 0.10  kl 0.010  entropy 0.10  tokens  21  bank   6.0    1.0 s")
 
 
 def test_resuming_gives_the_files_of_a_run_that_was_not_killed(tmp_path):

@@ -1,0 +1,169 @@
+"""Reports: scores by hand and by the public scripts, intervals, rows, tables, and comparisons of two results."""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import answer
+import evaluate
+from data import UsageError
+from evaluate import scores
+from support import report
+from support.report import bootstrap_interval
+
+ORACLE = Path(__file__).parents[2] / "shared/data/metric_oracle.json"
+
+
+# ------------------------------------------------------------------------------------------------ statistics, tables
+
+@pytest.mark.parametrize("prediction, reference, category, expected", [
+    ("7 May, 2023", "7 May 2023", 2, (1, 1, 0.75, 1)), ("the beach", "Beach.", 4, (1, 2 / 3, 0.5, 1)),
+    ("dogs", "dog", 4, (0, 0, 0, 1)), ("Buddy and Scout", "Scout and Buddy", 4, (0, 1, 1, 1)),
+    ("pottery, camping", "pottery, camping, painting, swimming", 1, (0, 2 / 3, math.exp(-4 / 3), 1 / 2)),
+    ("Yes", "Yes; she said so", 3, (0, 0, math.exp(-4), 1)), ("Yes", "Yes; she said", 4, (0, 0, math.exp(-3), 0.5)),
+    ("It is not mentioned.", "Not mentioned in the conversation", 5, (0, 4 / 9, 0.4, 1)),
+    ("", "", None, (0, 0, 0, 0)), (2022, "2022", None, (1, 1, 1, 1))])
+def test_scores_by_hand(prediction, reference, category, expected):
+    found = scores(prediction, reference, category)
+    assert list(found) == ["em", "f1", "bleu1", "f1_locomo"]
+    assert tuple(found.values()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_agree_with_the_public_scripts():
+    """EM is our own, f1_locomo depends on the category, and BLEU-1 is compared where our tokens equal nltk's."""
+    if not ORACLE.is_file():
+        pytest.skip(f"no {ORACLE}: the results of the public scripts are not part of the repository")
+    rows = json.loads(ORACLE.read_text())["rows"]
+    same_words = 0
+    for row in rows:
+        prediction, reference, oracle = str(row["prediction"]), str(row["reference"]), row["oracle"]
+        found = scores(row["prediction"], row["reference"])
+        assert found["f1"] == pytest.approx(oracle["mem0_f1"], abs=1e-9), row
+        assert found["f1_locomo"] == pytest.approx(oracle["locomo_f1"], abs=1e-9), row
+        assert found["em"] >= oracle["mem0_em"] or row["tag"] == "punct-only-same", row
+        for category in range(1, 6):
+            assert scores(prediction, reference, category)["f1_locomo"] == pytest.approx(
+                oracle[f"locomo_cat{category}"], abs=1e-9), (category, row)
+        if [*map(answer.tokens, (prediction, reference))] == [oracle["nltk_tokens_pred"], oracle["nltk_tokens_ref"]]:
+            same_words += 1
+            assert found["bleu1"] == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), row
+    assert same_words > 0.85 * len(rows) and len(rows) >= 58
+
+
+def test_intervals_cover_a_known_mean_95_times_in_100():
+    rng = np.random.default_rng(0)
+    ends = [bootstrap_interval(rng.random(80) < 0.3, seed=i, resamples=400) for i in range(200)]
+    assert 0.9 <= np.mean([low <= 0.3 <= high for low, high in ends]) <= 0.98
+    values = rng.random(400)
+    low, high = bootstrap_interval(values)
+    assert bootstrap_interval(values) == [low, high] and bootstrap_interval([0.5] * 7) == [0.5, 0.5]
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+def test_a_row_by_hand():
+    def line(dialogue, question, category, em, **more):
+        return {"dialogue": dialogue, "question": question, "category": category, "em": em, "f1": em, "bleu1": em,
+                "is_valid": True, "dropped": 0, "tokens": 10, "seconds": {"search": 0.001, "answer": 0.1},
+                "bank": {"size": 4 if dialogue == "a" else 8, "ops": {"ADD": 2, "NOOP": 1},
+                         "num_matching": 2, "num_labeled": 3, "tokens": 30, "seconds": 1.0,
+                         "calls": {"p50": 0.2, "p95": 0.4}}, **more}
+    lines = [line("a", "1", 4, 1.0), line("a", "2", 4, 0.0), line("a", "3", 1, 1.0), line("b", "1", 4, 1.0, dropped=2)]
+    row = report.make_row({"system": "s"}, lines, 0)
+    assert {key: row["overall"][key] for key in ("n", "em", "f1", "bleu1", "judge")} == {
+        "n": 4, "em": 0.75, "f1": 0.75, "bleu1": 0.75, "judge": None}
+    assert [(number, part["n"], part["names"]) for number, part in row["by_category"].items()] == [
+        (1, 1, ("multi-hop", "Single Hop")), (4, 3, ("single-hop", "Open Domain"))]
+    assert row["by_category"][4]["em"] == pytest.approx(2 / 3)
+    assert (row["bank_size"], row["ops"], row["agreement"]) == (6, {"ADD": 4, "NOOP": 2}, pytest.approx(2 / 3))
+    assert (row["manager_tokens"], row["answer_tokens"], row["cut_rate"], row["invalid_rate"]) == (60, 40, 0.25, 0)
+    assert row["latency"]["manager"] == pytest.approx({"p50": 0.2, "p95": 0.4})
+    assert row["seconds"] == pytest.approx(2.404)
+    marked = [{**one, "judge": 1.0} for one in lines]
+    assert report.summarize(marked, 0)["judge"] == 1.0 and report.summarize(marked[:3] + lines[3:], 0)["judge"] is None
+
+
+def test_the_numbers_of_the_paper_agree_with_their_overall():
+    """"Overall" is the mean over the 239, 83, 727 and 258 questions of the categories."""
+    rows = [re.findall(r"[\d.]+/[\d.]+/[\d.]+", line) for line in report.PAPER.read_text().splitlines()]
+    whole = [[[float(number) for number in cell.split("/")] for cell in row] for row in rows if len(row) == 5]
+    assert len(whole) == 17 and sum(len(row) == 1 for row in rows) == 6
+    for *parts, overall in whole:
+        weighted = np.average(parts, axis=0, weights=[239, 83, 727, 258])
+        assert weighted == pytest.approx(overall, abs=0.02), (parts, overall)
+
+
+def test_long_names_of_categories_are_broken():
+    part = {"n": 2, "f1": 0.5, "bleu1": 0.25, "judge": None, "interval": {"f1": (0, 1), "bleu1": (0, 1)}}
+    rows = [{"system": "rag", "overall": part, "by_category": {
+        13: {"names": ["single-session-assistant", "OD"], **part}, 2: {"names": ["temporal", "Temporal"], **part}}}]
+    assert report.category_table(rows).splitlines() == [
+        "               13 single-",
+        "                 session-",
+        "F1/BLEU-1       assistant  2 temporal    overall",
+        "  the paper's          OD    Temporal    Overall",
+        "  questions             2           2          2",
+        "rag             50.0/25.0   50.0/25.0  50.0/25.0"]
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_result(name, ems, split="test", system="s", n=None, **more):
+    """Write a result with the EM of questions 0, 1, ... of categories 4, 5, 4, ...; F1 and BLEU-1 are a tenth of it."""
+    row = {"system": system, "overall": {"n": n or len(ems)}}
+    Path(name).write_text(json.dumps({"data": "locomo", "split": split, "settings": {}, "rows": [row]}))
+    lines = [{"system": system, "dialogue": "d", "question": str(i), "text": "?", "gold": "x", "em": em, "f1": em / 10,
+              "bleu1": em / 10, "category": 4 + i % 2, "bank": {"size": 0}, "seconds": {"answer": 0}, **more}
+             for i, em in enumerate(ems)]
+    report.predictions_path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_compare_by_hand(capsys):
+    write_result("a.json", [0, 0, 1, 1])
+    write_result("b.json", [1, 0, 1, 1], system="t")
+    evaluate.main(["--compare", "a.json", "b.json"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["t", "minus", "s", "questions", "EM", "F1", "BLEU-1"]
+    assert re.sub(r"\s+", " ", table[1]).startswith("overall 4 +25.0 [+0.0, +75.0] +2.5 [+0.0, +7.5]")
+    assert re.sub(r"\s+", " ", table[2]).startswith("4 single-hop 2 +50.0 [+0.0, +100.0]")
+    assert re.sub(r"\s+", " ", table[3]).startswith("5 adversarial 2 +0.0 [+0.0, +0.0]")
+    evaluate.main(["--compare", "b.json:t", "a.json:s"])
+    assert re.search(r"overall +4 +-25.0 \[-75.0, ", capsys.readouterr().out)
+
+
+def test_compare_takes_the_questions_and_systems_of_both(capsys):
+    write_result("a.json", [0, 0, 1], judge=1.0)
+    write_result("b.json", [1, 0, 1, 1, 1], judge=0.0)
+    evaluate.main(["--compare", "a.json", "b.json"])
+    assert re.search(r"overall +3 .*-100.0 \[-100.0, -100.0\]", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("case, words", [
+    ("split", "a.json has split test, c.json has val"), ("unfinished", "c.predictions.jsonl has 2 of the 9 answers"),
+    ("system", "c.json has no system 'z': there is s"), ("question", "share no question"),
+    ("garbage", "0 of the 2 answers"), ("missing", "c.predictions.jsonl has 0 of")])
+def test_compare_refuses(case, words):
+    write_result("a.json", [0, 1])
+    write_result("c.json", [0, 1], split="val" if case == "split" else "test", n=9 if case == "unfinished" else None,
+         **({"text": "another?"} if case == "question" else {}))
+    if case == "garbage":
+        Path("c.predictions.jsonl").write_text("{\n")
+    if case == "missing":
+        Path("c.predictions.jsonl").unlink()
+    with pytest.raises(UsageError) as error:
+        report.compare("a.json", "c.json:z" if case == "system" else "c.json")
+    assert words in str(error.value)
+
+
+def test_verdicts_of_two_judges_are_not_compared(capsys):
+    write_result("a.json", [0, 1], judge=1.0, judge_model="one")
+    write_result("b.json", [1, 1], judge=0.0, judge_model="another")
+    evaluate.main(["--compare", "a.json", "b.json"])
+    assert "judge" not in capsys.readouterr().out
