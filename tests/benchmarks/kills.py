@@ -69,7 +69,7 @@ def results(folder):
 
 
 def kill_and_resume(name, moment, flags, out, log):
-    """Send SIGname to a run after `moment` seconds of CPU time and resume it. -> exit codes of both, steps at the kill"""
+    """Send SIGname to a run after `moment` seconds of CPU time and resume it. -> exit codes, steps at the kill"""
     child = start([*flags, "--out", str(out)], log)
     wait_until(child, moment)
     os.kill(child, getattr(signal, f"SIG{name}"))
