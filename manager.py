@@ -30,7 +30,7 @@ from support.cli import Parser, exit_cleanly
 from support.prompts import date_suffix, fit_prompt, generate, memory_lines
 from support.text import chat_messages, json_values, normalize_whitespace, sanitize_for_prompt, trigram_similarity
 
-EVENTS = {"ADD": "+", "UPDATE": "~", "DELETE": "-", "NOOP": "."}  # with the sign that marks each when it is printed
+EVENTS = {"ADD": "+", "UPDATE": "~", "DELETE": "-", "NOOP": "."}  # with the sign that a demo prints
 MAX_TEXT_CHARS = 500  # longer memories and facts are cut
 MAX_OPERATIONS = 32  # per completion; also the most facts of one turn
 MIN_QUOTE_SIMILARITY = 0.6  # an "old_memory" names the most similar memory, if it is at least this similar
@@ -145,7 +145,7 @@ def parse_edit(operation, shown: list[Memory]) -> Edit | None:
     memory = find_memory(operation, shown)
     if event == "UPDATE" and memory and text:
         return Edit("UPDATE", memory.id, text)
-    return Edit("DELETE", memory.id) if event == "DELETE" and memory else None
+    return Edit(event, memory.id) if event == "DELETE" and memory else None
 
 
 def parse(completion: str, case: Case) -> list[Edit] | None:
