@@ -269,10 +269,10 @@ def whole(tiny_folder, tmp_path_factory):
     return files_of(folder)
 
 
-@pytest.mark.parametrize("place, left", [(("evaluate", 6), []), (("rewards", 1), [1, 2, 3, 4, 5, 6]),
-                                         (("evaluate", 0), [1, 2, 3, 4, 5, 6])])
+@pytest.mark.parametrize("place, left", [(("evaluate", 6), []), (("rewards", 4), [4, 5, 6]),
+                                         (("rewards", 1), [1, 2, 3, 4, 5, 6]), (("evaluate", 0), [1, 2, 3, 4, 5, 6])])
 def test_a_stopped_run_is_resumed_as_if_it_had_not_been(tiny, tmp_path, whole, place, left):
-    """In the last evaluation, before the first checkpoint, in the first evaluation. A complete run stays as it is."""
+    """In an evaluation, in a step, before the first checkpoint. A complete run stays as it is."""
     with pytest.raises(KeyboardInterrupt):
         run_letters(tiny(b=0.0), tmp_path, grpo, {place: stop}, **TOY)
     for steps in (left, []):
