@@ -7,22 +7,23 @@ One training step, with the function that does it:
 2. sample a group of G completions for each prompt                            policy.sample
 3. compute their rewards                                                      task.rewards
 4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
-5. compute the clipped surrogate and the KL penalty                           grpo_loss
+5. compute the clipped surrogate and the KL penalty, and their gradients      grpo_loss, accumulate_gradients
 6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
 7. write one line to metrics.jsonl                                            loop.log
 
-Differences from the paper:
-1. Memory-R1 prints no clip in eq. 3. The ratio is clipped here, as GRPO was published.
-2. Its ratio is "per action". Here it is per token, as in the published GRPO and in VERL, which the paper used.
-3. A group with equal rewards has no policy gradient. It is left out of the update, and with it its KL term; it still
-   counts in the mean over completions.
-4. loss_mean="token" (the default on synthetic data) divides by the mean length of all completions instead of |o_i|.
+Differences from Memory-R1:
+1. Its eq. 3 has no clip. Here the ratio is clipped, as GRPO was published.
+2. Its ratio is "per action". Here it is per token, as in the published GRPO and in VERL, which Memory-R1 used.
+3. A group with equal rewards has no policy gradient. Here it is left out of the update, and with it its KL term; it
+   still counts in the mean over completions.
+4. loss_mean="token" (the default) divides by the mean length of the step's completions instead of by |o_i|.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
-`mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: reference, LoRA off.
+`mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
+the base model with LoRA off. A new adapter changes nothing, so the reference is where training starts.
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,19 +36,19 @@ from support.toy import show_toy
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults train the tiny model; presets for other models stand in the training scripts."""
+    """The defaults train the tiny model's Manager; train_manager.py and train_answer.py have the presets for others."""
     steps: int = flag(90, "training steps; each samples one batch of rollouts", least=1)
     group_size: int = flag(8, "completions of each prompt, G", least=2)
     batch_size: int = flag(24, "prompts in a step, P", least=1)
     epochs: int = flag(1, "passes over the rollouts of a step", least=1)
-    minibatch: int = flag(0, "groups per optimizer step; 0: all at once, and the ratio stays 1", least=0)
+    minibatch: int = flag(0, "groups per optimizer step; 0: all, so that with --epochs 1 the ratio stays 1", least=0)
     lr: float = flag(3e-3, "peak learning rate", least=0)
     warmup: int = flag(5, "steps over which the learning rate rises", least=0)
     schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
     clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
-    loss_mean: str = flag("token", "mean over each completion, then over completions, or over all tokens",
-                          choices=("completion", "token"))
+    loss_mean: str = flag("token", "token: mean over all tokens; completion: mean over each completion, then over all "
+                          "completions, as published", choices=("completion", "token"))
     temperature: float = flag(1.0, "sampling temperature in training; evaluation is greedy", above=0)
     max_new_tokens: int = flag(80, "longest completion in tokens", least=1)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", least=0)
@@ -58,40 +59,39 @@ class Config:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of one step and everything the update needs. Only groups whose rewards differ."""
+    """The input of the update. P counts the groups in here: those of the step whose rewards differ, or some of them."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids
     logp_old: torch.Tensor  # (N, C)
-    logp_ref: torch.Tensor  # (N, C), zeros if beta = 0
     advantages: torch.Tensor  # (N,)
-    kept: float  # the fraction of the step's groups that is in here
+    kept_fraction: float  # of the step's groups, those whose rewards differ
     mean_length: float  # tokens per completion, over all groups of the step
+    logp_ref: torch.Tensor | None = None  # (N, C); None if beta = 0
 
 
-NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics of a step without a useful group
+NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics if all groups have equal rewards
 
 
 # ------------------------------------------------------------------------------------------------ pure functions
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """
-    A = (r - mean) / (std + eps), with mean and std over each group. (P, G) -> (P, G)
+    A = (r - mean) / (std + eps), with mean and (unbiased) std over each group. (P, G) -> (P, G)
     [[1., 0., 0., 1.]] -> [[.87, -.87, -.87, .87]]; equal rewards give 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # in floats, the mean of eight 1/3 is not 1/3
+    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # rounding: the mean of eight 1/3 is not 1/3
 
 
-def all_equal(rewards: torch.Tensor) -> torch.Tensor:
-    """Groups with equal rewards have no gradient. (P, G) -> (P,) bool"""
+def all_equal(rewards: torch.Tensor) -> torch.Tensor:  # (P, G) -> (P,)
     return (rewards == rewards[:, :1]).all(dim=1)
 
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     """
-    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and unbiased under samples
-    of pi (http://joschu.net/blog/kl-approx.html). k1 as a loss would have a gradient of mean zero.
+    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and its mean under pi is
+    the KL (http://joschu.net/blog/kl-approx.html). As a loss, its mean gradient is that of KL(pi_ref | pi).
     """
     gap = logp_ref - logp
     return gap.exp() - gap - 1
@@ -102,8 +102,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
     (arXiv 2402.03300, eq. 3). `mean_length` replaces every |o_i|, which gives the mean over all tokens (arXiv
     2503.14476, eq. 8): tokens of long completions then weigh as much as tokens of short ones.
-    logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), and
-    per token (N, C) the KL and whether the clip removed the gradient.
+    logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns the terms of -J per row,
+    (N,), still to be averaged, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
     A = advantages[:, None]  # the same number for every token of a row
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
@@ -118,20 +118,20 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
 
 def make_rollouts(policy: Policy, prompts, groups, rewards: torch.Tensor, config: Config) -> Rollouts | None:
     """Advantages and reference log-probs of a step's completions; None if all groups have equal rewards."""
-    kept = (~all_equal(rewards)).nonzero().flatten().tolist()
-    if not kept:
+    informative = (~all_equal(rewards)).nonzero().flatten().tolist()  # indices of groups
+    if not informative:
         return None
-    completions = [[completion.ids for completion in group] for group in groups]
     mask, logp_old = sampled_tensors(groups, policy.device)
-    advantages = group_advantages(rewards).flatten().to(policy.device)  # (P, G) -> (N,)
-    rollouts = select_groups(Rollouts(prompts, completions, logp_old, torch.zeros_like(logp_old), advantages,
-                                      len(kept) / len(groups), mask.sum().item() / len(mask)), kept)
-    if config.beta > 0:
-        with policy.using(None):
-            rollouts.logp_ref.copy_(policy.map_groups(
-                lambda *some: policy.score(*some, config.temperature).logp, rollouts.prompts, rollouts.completions,
-                config.micro_batch_tokens))
-    return rollouts
+    rollouts = Rollouts(prompts, [[completion.ids for completion in group] for group in groups], logp_old,
+                        group_advantages(rewards).flatten().to(policy.device),  # (P, G) -> (N,)
+                        kept_fraction=len(informative) / len(groups), mean_length=mask.sum().item() / len(mask))
+    rollouts = select_groups(rollouts, informative)
+    if config.beta == 0:
+        return rollouts
+    with policy.using(None):
+        logp_ref = policy.map_groups(lambda *batch: policy.score(*batch, config.temperature).logp, rollouts.prompts,
+                                     rollouts.completions, config.micro_batch_tokens)  # without gradient
+    return replace(rollouts, logp_ref=logp_ref)
 
 
 def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: Config, step: int) -> dict:
@@ -142,20 +142,19 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
             optimizer.zero_grad(set_to_none=True)
             for indices in policy.micro_batches(minibatch.prompts, minibatch.completions, config.micro_batch_tokens):
                 part = select_groups(minibatch, indices)
-                sums.update(accumulate_gradients(policy, part, len(minibatch.advantages), adapter, config))
+                sums.update(accumulate_gradients(policy, part, len(minibatch.advantages), adapter, config))  # adds
             updates.append(optimizer_step(optimizer, config.grad_clip, minibatch))
     return mean_per_token(sums) | update_metrics(updates)
 
 
 def accumulate_gradients(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config: Config) -> Counter:
     """Backward pass of some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
-    with policy.using(adapter):
+    with policy.using(adapter):  # also for backward, in which gradient checkpointing computes the layers again
         logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
-        losses, kl, is_clipped = grpo_loss(logp, part.logp_old, part.logp_ref if config.beta > 0 else None,
-                                           part.advantages, mask, config.clip, config.beta,
-                                           part.mean_length if config.loss_mean == "token" else None)
-        # Groups that were left out have loss 0, but count in the mean.
-        (part.kept * losses.sum() / num_rows).backward()
+        losses, kl, is_clipped = grpo_loss(logp, part.logp_old, part.logp_ref, part.advantages, mask, config.clip,
+                                           config.beta, part.mean_length if config.loss_mean == "token" else None)
+        # The 1/N of eq. 3: kept_fraction / num_rows = 1 / (all completions of the step), if there is one minibatch.
+        (part.kept_fraction * losses.sum() / num_rows).backward()
     return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item())
 
 

@@ -8,27 +8,28 @@ One training step, with the function that does it:
 3. compute their rewards                                                      task.rewards
 4. compute advantages by GAE from the critic's values, whitened over the
    batch, and the log-probs of the reference                                  gae, whiten, make_rollouts
-5. compute the clipped surrogate, the KL penalty and the critic's error       ppo_loss, value_loss
+5. compute the clipped surrogate, the KL penalty and the critic's error, and
+   their gradients                                       ppo_loss, value_loss, accumulate_gradients
 6. update both adapters with AdamW, in `epochs` passes over the rollouts      update
 7. write one line to metrics.jsonl                                            loop.log
 
-Differences from the paper:
-1. Its ratio is "per action". Here it is per token, as in VERL, which the paper used: a token is an action, the prompt
+Differences from Memory-R1:
+1. Its ratio is "per action". Here it is per token, as in VERL, which Memory-R1 used: a token is an action, the prompt
    and the tokens so far are the state.
-2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0;
-   whitening then makes the batch's mean reward the baseline.
-3. It prints no KL term. Here k3 is in the loss, as in grpo.py, not in the reward, as in InstructGPT. The critic then
-   predicts the outcome alone, and whitening cannot enlarge the penalty in a batch of similar outcomes. The drawback:
-   a token gets no gradient from the KL of later tokens.
+2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0,
+   so the first baseline is what whitening subtracts: the mean reward over all tokens.
+3. Its paper has no KL term. Here k3 is in the loss, as in grpo.py. InstructGPT has it in the reward, where the critic
+   would have to predict it, and whitening would enlarge it if all outcomes were similar. The drawback: a token gets no
+   gradient from the KL of later tokens.
 4. Its learning rates (actor 1e-6, critic 1e-5) are for full fine-tuning. LoRA needs 10 to 100 times as much.
 5. It gives no GAE parameters. gamma = 1: short completions need no discount. gae_lambda = 1: every token's return is
-   the reward itself, however wrong the critic is. With 0.95 only a fifth of it would reach a token 30 before the end.
+   the reward, however wrong the critic is. With 0.95, a token 30 before the end would see .95^30 = .21 of it.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: reference, LoRA off.
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -43,23 +44,23 @@ from support.toy import show_toy
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults train the tiny model; presets for other models stand in the training scripts."""
+    """The defaults train the tiny model's Manager; train_manager.py and train_answer.py have the presets for others."""
     steps: int = flag(90, "training steps; each samples one batch of rollouts", least=1)
     group_size: int = flag(4, "completions of each prompt, G; PPO treats them as independent", least=1)
     batch_size: int = flag(24, "prompts in a step, P", least=1)
     epochs: int = flag(1, "passes over the rollouts of a step", least=1)
-    minibatch: int = flag(6, "groups per optimizer step; 0: all at once. A critic needs many steps", least=0)
+    minibatch: int = flag(6, "groups per optimizer step; 0: all. The critic learns from several steps", least=0)
     lr: float = flag(1e-3, "peak learning rate", least=0)
     critic_lr: float | None = flag(None, "peak learning rate of the critic; by default twice --lr", least=0)
     warmup: int = flag(5, "steps over which the learning rates rise", least=0)
     schedule: str = flag("linear", "learning rates after the warmup", choices=("linear", "constant"))
     clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
-    value_clip: float = flag(0.2, "largest change of a value toward its return in a step; 0: no limit", least=0)
+    value_clip: float = flag(0.2, "a value that moved this far to its return gets no gradient; 0: no limit", least=0)
     gamma: float = flag(1.0, "discount", least=0, most=1)
     gae_lambda: float = flag(1.0, "GAE's lambda: 1 trusts the outcome, 0 the critic's next value", least=0, most=1)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
-    loss_mean: str = flag("token", "mean over each completion, then over completions, or over all tokens",
-                          choices=("completion", "token"))
+    loss_mean: str = flag("token", "token: mean over all tokens; completion: mean over each completion, then over all "
+                          "completions, as published", choices=("completion", "token"))
     temperature: float = flag(1.0, "sampling temperature in training; evaluation is greedy", above=0)
     max_new_tokens: int = flag(80, "longest completion in tokens", least=1)
     grad_clip: float = flag(1.0, "maximum norm of each adapter's gradient; 0: no limit", least=0)
@@ -70,16 +71,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of one step and everything the update needs."""
+    """The input of the update: the completions of a step, or some groups of them."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids
     mask: torch.Tensor  # (N, C), like all tensors below
     logp_old: torch.Tensor
-    logp_ref: torch.Tensor  # zeros if beta = 0
     values_old: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
     mean_length: float  # tokens per completion, over all groups of the step
+    logp_ref: torch.Tensor | None = None  # None if beta = 0
 
 
 class Critic(nn.Module):
@@ -114,8 +115,8 @@ class Critic(nn.Module):
 # ------------------------------------------------------------------------------------------------ pure functions
 
 def terminal_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The reward of each completion at its last sampled token: [1.], [[1, 1, 0]] -> [[0., 1., 0.]]. (N,) -> (N, C)"""
-    per_token = torch.zeros(mask.shape, device=mask.device)  # no bootstrap value for completions that were cut off
+    """The reward of each completion at its last sampled token. ([1.], [[1, 1, 0]]) -> [[0., 1., 0.]]"""
+    per_token = torch.zeros(mask.shape, device=mask.device)
     return per_token.scatter(1, mask.sum(dim=1, keepdim=True) - 1, rewards[:, None])
 
 
@@ -125,7 +126,7 @@ def gae(rewards, values, mask, gamma, lam):
     All (N, C). lam = 1: the rewards from t on, minus V_t. lam = 0: delta_t.
     """
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])  # V = 0 after the end: no state follows the EOS
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # V = 0 after the end, even if cut off
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = (delta + gamma * lam * next_advantage).where(mask[:, t], 0)
@@ -135,7 +136,6 @@ def gae(rewards, values, mask, gamma, lam):
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """Mean 0 and standard deviation 1 over all sampled tokens of the batch; padding does not count and becomes 0."""
-    # If all outcomes are equal, this scales the critic's error to full size. GRPO leaves such groups out.
     real = values[mask]
     return ((values - real.mean()) / (real.std(correction=0) + eps)).where(mask, 0)
 
@@ -148,8 +148,8 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     """
-    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and unbiased under samples
-    of pi (http://joschu.net/blog/kl-approx.html). k1 as a loss would have a gradient of mean zero.
+    KL(pi | pi_ref) per token by the k3 estimator, ref/pi - log(ref/pi) - 1: never negative, and its mean under pi is
+    the KL (http://joschu.net/blog/kl-approx.html). As a loss, its mean gradient is that of KL(pi_ref | pi).
     """
     gap = logp_ref - logp
     return gap.exp() - gap - 1
@@ -160,8 +160,8 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
     (1707.06347, eq. 7, with the mean over each completion before the mean over completions, as in grpo.py).
     `mean_length` replaces every |o_i|, which gives the mean over all tokens.
-    logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns -J per row (N,), and
-    per token (N, C) the KL and whether the clip removed the gradient.
+    logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns the terms of -J per row,
+    (N,), still to be averaged, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
     A = advantages  # a number of its own for every token
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
@@ -175,7 +175,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
 def value_loss(values, values_old, returns, mask, clip):
     """
     1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: no gradient once V has moved by eps
-    toward R. Not in the PPO paper, but in OpenAI's implementation. (N, C) x 4 -> (N,)
+    to R. Not in the PPO paper, but in OpenAI's implementation. The mean is over each completion. (N, C) x 4 -> (N,)
     """
     error = (values - returns) ** 2
     if clip > 0:
@@ -187,21 +187,21 @@ def value_loss(values, values_old, returns, mask, clip):
 # ------------------------------------------------------------------------------------------------ one step
 
 def make_rollouts(policy: Policy, critic: Critic, prompts, groups, rewards: torch.Tensor, config: Config) -> Rollouts:
-    """Values, advantages, returns and reference log-probs of a step's completions."""
+    """Values, advantages, returns and reference log-probs of a step's completions, without gradient."""
     completions = [[completion.ids for completion in group] for group in groups]
     mask, logp_old = sampled_tensors(groups, policy.device)
     values = policy.map_groups(critic, prompts, completions, config.micro_batch_tokens)  # (N, C)
     per_token = terminal_rewards(rewards.flatten().to(policy.device), mask)
     advantages = gae(per_token, values, mask, config.gamma, config.gae_lambda)
     returns = advantages + values  # before whitening: the critic learns rewards, not z-scores
-    rollouts = Rollouts(prompts, completions, mask, logp_old, torch.zeros_like(logp_old), values,
-                        whiten(advantages, mask), returns, mask.sum().item() / len(mask))
-    if config.beta > 0:
-        with policy.using(None):
-            rollouts.logp_ref.copy_(policy.map_groups(
-                lambda *some: policy.score(*some, config.temperature).logp, prompts, completions,
-                config.micro_batch_tokens))
-    return rollouts
+    rollouts = Rollouts(prompts, completions, mask, logp_old, values, whiten(advantages, mask), returns,
+                        mean_length=mask.sum().item() / len(mask))
+    if config.beta == 0:
+        return rollouts
+    with policy.using(None):
+        logp_ref = policy.map_groups(lambda *batch: policy.score(*batch, config.temperature).logp, prompts,
+                                     completions, config.micro_batch_tokens)
+    return replace(rollouts, logp_ref=logp_ref)
 
 
 def update(policy, critic: Critic, optimizer, rollouts: Rollouts, adapter: str, config: Config, step: int) -> dict:
@@ -212,25 +212,24 @@ def update(policy, critic: Critic, optimizer, rollouts: Rollouts, adapter: str, 
             optimizer.zero_grad(set_to_none=True)
             for indices in policy.micro_batches(minibatch.prompts, minibatch.completions, config.micro_batch_tokens):
                 part = select_groups(minibatch, indices)
-                sums.update(accumulate_gradients(policy, critic, part, len(minibatch.mask), adapter, config))
+                sums.update(accumulate_gradients(policy, critic, part, len(minibatch.mask), adapter, config))  # adds
             updates.append(optimizer_step(optimizer, config.grad_clip, minibatch))
     return mean_per_token(sums) | update_metrics(updates)
 
 
 def accumulate_gradients(policy, critic, part: Rollouts, num_rows: int, adapter: str, config: Config) -> Counter:
     """Backward passes of some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
-    with policy.using(adapter):
+    with policy.using(adapter):  # also for backward, in which gradient checkpointing computes the layers again
         logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
-        losses, kl, is_clipped = ppo_loss(logp, part.logp_old, part.logp_ref if config.beta > 0 else None,
-                                          part.advantages, mask, config.clip, config.beta,
-                                          part.mean_length if config.loss_mean == "token" else None)
+        losses, kl, is_clipped = ppo_loss(logp, part.logp_old, part.logp_ref, part.advantages, mask, config.clip,
+                                          config.beta, part.mean_length if config.loss_mean == "token" else None)
         (losses.sum() / num_rows).backward()
-    with policy.using("critic"):  # also for backward, in which gradient checkpointing computes the layers again
+    with policy.using("critic"):
         errors = value_loss(critic(part.prompts, part.completions), part.values_old, part.returns, mask,
                             config.value_clip)
-        (errors.sum() / num_rows).backward()  # no coefficient: Adam would divide it out again
+        (errors.sum() / num_rows).backward()  # no coefficient: a constant one cancels in Adam
     return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item(),
-                   value_loss=(errors.detach() * mask.sum(dim=1)).sum().item())
+                   value_loss=(errors.detach() * mask.sum(dim=1)).sum().item())  # a row's mean for each of its tokens
 
 
 def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:

@@ -1,88 +1,86 @@
 """
-Multi-Session Chat (arXiv 2107.07567), with the questions of MSC-Self-Instruct, or deep memory retrieval (MemGPT, arXiv
-2310.08560): 500 times two strangers chat in five sessions, then one asks the other about something said before.
+Multi-Session Chat (arXiv 2107.07567) with the questions of MSC-Self-Instruct, the deep memory retrieval task of MemGPT
+(arXiv 2310.08560): two strangers chat in five sessions, then one asks about an earlier statement. 500 dialogues.
 
-    load("test")                                   # the questions; fetched on first use (8.6 MB)
+    load("test")                                   # with questions; downloaded on first use (8.6 MB)
     load("test", path="msc_self_instruct.jsonl")   # a file of the same schema
-    load("test", path="msc_dialogue/session_5/valid.txt")  # the chats alone, of MSC itself
+    load("test", path="msc_dialogue/session_5/valid.txt")  # a file of MSC itself, without questions
 
-For evaluation alone, as in the paper (arXiv 2508.19828, zero-shot): there is no other split. Personas and summaries are
-never read, as they hold the answers. The question set knows speakers as A and B, and who "you" is must be said:
+For evaluation only, as in the paper (arXiv 2508.19828, zero-shot): `test` is the only split. Personas and summaries
+contain the answers and are not read. The questions call the speakers A and B; the text says who asks whom:
     Speaker 2 asks Speaker 1: Hey, remember that time we talked about music? What was the artist ...?
-MSC has no dates, only distances ("5 days 1 hour ago"): here the last session takes place at `LAST`.
+MSC has no dates, only distances ("5 days 1 hour ago"): the last session is dated `LAST`.
 """
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from data import Dialogue, Question, Turn, UsageError
-from data.locomo import by_id, cached_file, member, read
+from data.dialogue import Dialogue, Question, Turn, UsageError
+from data.files import cached_file, member, member_as_text, optional, read_dialogues, read_entries
 
 ADDRESS = ("https://huggingface.co/datasets/MemGPT/MSC-Self-Instruct/resolve/5138f416f8fa76b75b2e080da87e8a8e346e1500/"
            "msc_self_instruct.jsonl")
 SHA256 = "d3dbea36848b41dc46c0f1548d0ebf74eeaf6390d6f3fe9318e8480dc984495e"
-SIZE = 8_600_000  # bytes, at most
-
 KEYS = {"previous_dialogs", "dialog", "metadata", "self_instruct"}
-SPEAKERS = ("Speaker 1", "Speaker 2")  # A and B of the question set
-CATEGORIES = {21: "deep memory retrieval"}  # one for all; the number keeps clear of the other benchmarks'
+SPEAKERS = ("Speaker 1", "Speaker 2")  # A and B in the questions
+CATEGORIES = {21: "deep memory retrieval"}  # the only category; no other benchmark has its number
 LAST = datetime(2021, 7, 1, 12)
 
 
 def load(split: str = "test", path: str | Path | None = None, entries: list | None = None) -> list[Dialogue]:
     """
-    All dialogues, in the order of the file. Without a path: the question set, from the cache.
-    `entries`: what the file at `path` holds, if it has been read already.
+    Load all dialogues, in file order. Without a path: the published questions. `entries`: the content of the file if it
+    has been read already.
     """
     if split != "test":
         raise UsageError(f'MSC has no split "{split}": it is for evaluation, all of it is "test"')
-    path = path or cached_file("msc_self_instruct.jsonl", "MSC-Self-Instruct", ADDRESS, SHA256, SIZE)
-    return list(by_id(entries or read(path), path, "initial_data_id", dialogue_of).values())
+    path = path or cached_file("msc_self_instruct.jsonl", "MSC-Self-Instruct", ADDRESS, SHA256)
+    return read_dialogues(entries or read_entries(path), path, "initial_data_id", make_dialogue)
 
 
-def dialogue_of(entry, where):
-    """One entry of the file, which is its own last session, as a Dialogue. `where` begins the line of every error."""
+def make_dialogue(entry, where):
+    """Return one entry, which is also its own last session, as a Dialogue. Error messages begin with `where`."""
     name = member(member(entry, "metadata", dict, where), "initial_data_id", str, f'{where}: "metadata"')
     where = f"{where} ({name})"
     turns = []
     for number, session in enumerate([*member(entry, "previous_dialogs", list, where), entry], 1):
         inside = f"{where}: session {number}"
         raws = member(session, "dialog", list, inside)
-        time = written(LAST if session is entry else LAST - distance(session, inside))
-        found = (turn_of(raw, i, number, time, f"{inside}, turn {i}") for i, raw in enumerate(raws))
-        turns += [turn for turn in found if turn.text]  # a turn of the training set says nothing
+        time = format_time(LAST if session is entry else LAST - time_back(session, inside))
+        found = (make_turn(raw, i, number, time, f"{inside}, turn {i}") for i, raw in enumerate(raws))
+        turns += [turn for turn in found if turn.text]  # one turn of the training set has no text
     if not turns:
         raise UsageError(f'{where}: "dialog" and "previous_dialogs" have no turn')
-    return Dialogue(name, SPEAKERS, tuple(turns), questions_of(entry, name, where))
+    return Dialogue(name, SPEAKERS, tuple(turns), make_questions(entry, name, where))
 
 
-def turn_of(raw, i, session, time, where):
-    """A turn. Only in the last session it says whose it is; everywhere the speakers alternate, Speaker 1 first."""
+def make_turn(raw, i, session, time, where):
+    """Return a turn. Only the last session names its speakers; in all sessions they alternate, Speaker 1 first."""
     text = member(raw, "text", str, where, may_be_empty=True)
-    speaker = member(raw, "id", str, where) if raw.get("id") is not None else SPEAKERS[i % 2]
+    speaker = optional(raw, "id", str, where, SPEAKERS[i % 2])
     if speaker not in SPEAKERS:
         raise UsageError(f'{where}: "id" is "{speaker}", neither "Speaker 1" nor "Speaker 2"')
     return Turn(f"D{session}:{i + 1}", session, speaker, text, time)
 
 
-def distance(session, where):
-    """The time from a session to the last. {"time_back": "5 days 1 hour ago"} -> timedelta(days=5, hours=1)"""
+def time_back(session, where):
+    """Return the time between a session and the last: {"time_back": "5 days 1 hour ago"} -> 5 days, 1 hour"""
     text = member(session, "time_back", str, where)
-    found = {unit: int(number) for number, unit in re.findall(r"\b([0-9]{1,4}) (hour|day|week)s?\b", text)}
+    found = {f"{unit}s": int(number) for number, unit in re.findall(r"\b([0-9]{1,4}) (hour|day|week)s?\b", text)}
     if not found:
-        raise UsageError(f'{where}: "time_back" is "{text}", not the like of "5 days 1 hour ago"')
-    return timedelta(**{f"{unit}s": number for unit, number in found.items()})
+        raise UsageError(f'{where}: "time_back" is "{text}", not a time like "5 days 1 hour ago"')
+    return timedelta(**found)
 
 
-def written(time):
-    """A moment as LoCoMo writes it: "1:56 pm on 8 May, 2023" """
+def format_time(time):
+    """Write a time in LoCoMo's format: "1:56 pm on 8 May, 2023" """
     return f"{time:%I:%M %p}".lstrip("0").lower() + f" on {time.day} {time:%B}, {time.year}"
 
 
-def questions_of(entry, name, where):
-    """The question of B to A, or none in MSC itself. {"B": "Who?", "A": "Taylor Swift!"}"""
-    if entry.get("self_instruct") is None:
+def make_questions(entry, name, where):
+    """Return the question of B to A, {"B": "Who?", "A": "Taylor Swift!"}; none in files of MSC itself."""
+    pair, inside = optional(entry, "self_instruct", dict, where, None), f'{where}: "self_instruct"'
+    if pair is None:
         return ()
-    pair, inside = member(entry, "self_instruct", dict, where), f'{where}: "self_instruct"'
     text = f"{SPEAKERS[1]} asks {SPEAKERS[0]}: {member(pair, 'B', str, inside)}"
-    return (Question(f"{name}:0", text, str(member(pair, "A", (str, int, float), inside)), 21),)
+    return (Question(f"{name}:0", text, member_as_text(pair, "A", inside), 21),)

@@ -1,18 +1,18 @@
 """
-A synthetic world: two people talk about their lives, and the right edit of a memory bank is known for every turn.
+A synthetic world: two people talk about their lives, and the correct edit of the memory bank is known for every turn.
 
-A turn states something new, adds a value beside an old one ("another dog, Scout"), changes a value, takes one
-back, repeats one, tells of somebody else's ("my cousin drives a Kia"), chats, or reports a dated event.
-`world.json` holds the attributes, their phrasings and the pools of names and values. Every pool is dealt out to
-four splits, so the words of `train`, `val` and `test` are not those the tiny model was pretrained on; `pseudo`
-draws made-up words. The last phrasing of every list is kept from all of them: `load(..., phrasing="unseen")`.
+A turn states a new fact, adds a second value ("another dog, Scout"), changes a value, takes it back, repeats it, tells
+about somebody else ("my cousin drives a Kia"), is small talk, or reports a dated event. `world.json` holds attributes,
+phrasings, and pools of names and values. Each pool is divided among four splits, so the words of `train`, `val` and
+`test` are not those the tiny model was pretrained on; `pseudo` draws made-up words. The last phrasing of each list is
+used by no split unless `load(..., phrasing="unseen")` asks for it.
 
     Jon, D1:1: I have a dog named Buddy.        ADD    "Jon has a dog named Buddy."
     Jon, D2:3: I adopted another dog, Scout.    UPDATE "Jon has a dog named Buddy and Scout."
     Jon, D2:5: My cousin drives a Kia car.      NOOP
 
-Questions are asked after every turn (`Question.asked`: they judge that turn's edit) and at the end (`asked` is
-None: they judge the whole bank). Categories carry LoCoMo's numbers: 1 several turns, 2 dates, 3 open, 4 one turn.
+Questions follow every turn (`Question.asked_after`: they test the edit of that turn) and the last turn (`asked_after`
+is None: they test the whole bank). Categories as in LoCoMo: 1 several turns, 2 dates, 3 open, 4 one turn.
 """
 import json
 import random
@@ -20,38 +20,51 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
-from data import Dialogue, Operation, Question, Turn, UsageError
+from data.dialogue import Dialogue, Operation, Question, Turn, UsageError
 
 WORLD = json.loads((Path(__file__).parent / "world.json").read_text())
-ATTRIBUTES, EVENTS, FRAMES, CHAT = (WORLD[key] for key in ("attributes", "events", "frames", "chat"))
+ATTRIBUTES, EVENTS, CHAT = WORLD["attributes"], WORLD["events"], WORLD["chat"]
+TOPICS = ATTRIBUTES | EVENTS
+FRAMES = WORLD["frames"] | {"event": WORLD["frames"]["new"][:1] + WORLD["frames"]["new"]}
 SPLITS = ("pretrain", "train", "val", "test")
-# How often a turn is of each kind.
 KINDS = {"new": 3.0, "more": 3.0, "change": 2.0, "drop": 1.3, "repeat": 1.6, "wish": 2.0, "talk": 1.0,
-         "chat": 0.8, "event": 1.5, "echo": 0.8}
+         "chat": 0.8, "event": 1.5, "echo": 0.8}  # kinds of turns and their relative frequencies
 PAIR_FRAMES = ["Tell me {a} and {b}.", "I want to know {a} and {b}.", "Can you say {a} and also {b}?",
                "Please recall for me {a} and {b}."]
 SYLLABLES = ("b d f g k l m n p r s t v z br dr gr kr st tr sh ch th".split(), "a e i o u ee ai ou".split(),
              " n r s l th x ck m nd rt".split(" "))
+CAPITAL = {"person", "city", "car", "pet", "language"}  # pools of proper names
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A memory of the known bank, with what it says. `text` is what the bank holds."""
+    """A memory of the reference bank with its meaning. `text` is the text in the bank."""
     speaker: str
     attribute: str
     values: tuple[str, ...]
     text: str
-    turns: tuple[str, ...] = ()  # the turns it rests on
+    turns: tuple[str, ...] = ()  # ids of the turns that it is based on
     time: str = ""
-    true: bool = True  # False: a line that should not have been kept (a wish, somebody else's)
+    true: bool = True  # False: a memory that should not be in the bank (a wish, somebody else's value)
+
+
+class Utterance(NamedTuple):
+    text: str
+    fact: str  # the memory that storing every turn would add
+    event: str
+    old: Entry | None  # the entry that the event changes
+    new: Entry | None  # the entry that the event writes
+    attribute: str  # the topic to ask about
+    value: str | None
 
 
 def deal_words() -> dict[str, dict[str, list[str]]]:
     """
-    Deals every pool out to the four splits: {split: {pool: values}}. A value in two pools stays in one split, and one
-    that shares a word with an earlier split is left out: where "milk" is another's, so is "almond milk".
+    Divide every pool among the splits: {split: {pool: values}}. A value in two pools stays in one split. A value that
+    shares a word with an earlier split is left out: if "milk" belongs to another split, "almond milk" is not used.
     """
     home, dealt = {}, {split: {pool: [] for pool in WORLD["pools"]} for split in SPLITS}
     for pool, values in WORLD["pools"].items():
@@ -69,35 +82,20 @@ def deal_words() -> dict[str, dict[str, list[str]]]:
 
 
 WORDS = deal_words()
-CAPITAL = {"person", "city", "car", "pet", "language"}  # pools of proper names
 
 
 def pseudo_word(rng: random.Random, capital: bool) -> str:
-    """A made-up word of one to three syllables: 'Braistoun'."""
+    """Return a made-up word of one to three syllables: 'Braistoun'."""
     onset, vowel, end = SYLLABLES
     word = "".join(rng.choice(onset) + rng.choice(vowel) for _ in range(rng.choice((1, 2, 2, 2, 3)))) + rng.choice(end)
     return word.capitalize() if capital else word
 
 
 def drawer(split: str) -> Callable[[random.Random, str], str]:
-    """How a world of this split draws a word from a pool."""
+    """Return the function that draws a word of this split from a pool."""
     if split == "pseudo":
         return lambda rng, pool: pseudo_word(rng, pool in CAPITAL)
     return lambda rng, pool: rng.choice(WORDS[split][pool])
-
-
-def fresh(rng: random.Random, draw, pool: str, taken) -> str:
-    """A word that is not `taken` yet; two words glued where the pool has run dry."""
-    for attempt in range(60):
-        word = draw(rng, pool) if attempt < 40 else f"{draw(rng, pool)} {draw(rng, pool)}"
-        if word not in taken:
-            return word
-    raise ValueError(f"no free word in pool {pool}")
-
-
-def phrase(rng: random.Random, options: list, phrasing: str):
-    """One of a list of phrasings; the last is the unseen one."""
-    return options[-1] if phrasing == "unseen" else rng.choice(options[:-1])
 
 
 def upper_first(text: str) -> str:
@@ -109,12 +107,11 @@ def joined(values) -> str:
 
 
 def memory_text(person: str, attribute: str, values) -> str:
-    spec = ATTRIBUTES.get(attribute) or EVENTS[attribute]
-    return spec["memory"].format(p=person, v=joined(values))
+    return TOPICS[attribute]["memory"].format(p=person, v=joined(values))
 
 
 def values_read(entry: Entry, speaker: str, attributes, value: str | None = None) -> tuple[str, ...]:
-    """What a reader who believes every line takes from this one: its values, the date of an event, or nothing."""
+    """Return the part of the answer that an entry contributes: its values, the date of an event, or nothing."""
     if entry.speaker != speaker or entry.attribute not in attributes or value not in (None, *entry.values):
         return ()
     return (entry.time,) if entry.attribute in EVENTS else entry.values
@@ -122,113 +119,102 @@ def values_read(entry: Entry, speaker: str, attributes, value: str | None = None
 
 def read(entries: list[Entry], speaker: str, attributes, value: str | None = None) -> str:
     """
-    The answer over all lines, in their order.
+    Return the answer of a reader who believes every entry, in the order of the entries.
     read([Jon has a dog named Buddy., Jon has a dog named Scout.], "Jon", ["dog"]) -> "Buddy and Scout"
     """
     return joined(word for entry in entries for word in values_read(entry, speaker, attributes, value)) or "none"
 
 
 class World:
-    """The state of one conversation while it is made: who speaks, what is known, which words are taken."""
+    """The state of a conversation while it is generated: its speakers, the reference bank, the words in use."""
 
     def __init__(self, rng: random.Random, draw, phrasing: str = "seen"):
         self.rng, self.draw, self.phrasing = rng, draw, phrasing
         self.taken: set[str] = set()
         self.speakers = (self.word("person"), self.word("person"))
-        self.bank: list[Entry] = []  # the known bank, oldest first
-        self.gone: dict[tuple[str, str], str] = {}  # (speaker, attribute) -> the turn that took the value back
+        self.bank: list[Entry] = []  # the reference bank, oldest entry first
+        self.gone: dict[tuple[str, str], str] = {}  # (speaker, attribute) -> id of the turn that took the value back
 
     def word(self, pool: str) -> str:
-        word = fresh(self.rng, self.draw, pool, self.taken)
-        self.taken.add(word)
-        return word
+        """Draw an unused word; after 40 failures, two words joined."""
+        for attempt in range(60):
+            word = " ".join(self.draw(self.rng, pool) for _ in range(1 if attempt < 40 else 2))
+            if word not in self.taken:
+                self.taken.add(word)
+                return word
+        raise ValueError(f"no unused word in pool {pool}")
 
     def choose(self, options: list):
-        return phrase(self.rng, options, self.phrasing)
+        """Choose a phrasing; the last one is the unseen one."""
+        return options[-1] if self.phrasing == "unseen" else self.rng.choice(options[:-1])
 
-    def known(self, speaker: str, test=lambda spec, entry: True) -> list[Entry]:
-        """This speaker's entries about attributes (no events) that pass the test."""
-        return [entry for entry in self.bank if entry.speaker == speaker and entry.true
-                and entry.attribute in ATTRIBUTES and test(ATTRIBUTES[entry.attribute], entry)]
+    def known(self, speaker: str, topics=ATTRIBUTES) -> list[Entry]:
+        """Return the true entries of a speaker about these topics."""
+        return [entry for entry in self.bank if entry.speaker == speaker and entry.true and entry.attribute in topics]
 
-    def turn(self, speaker: str, turn_id: str, time: str, kind: str):
-        """
-        What a turn of this kind says and does: (text, the memory a naive keeper would store, event, old entry, new
-        entry, attribute asked about, value asked about), or None where the conversation so far does not allow it.
-        """
-        rng = self.rng
-        mine = self.known(speaker)
-        lacking = [name for name in ATTRIBUTES if name not in {entry.attribute for entry in mine}]
-        targets = {"more": self.known(speaker, lambda spec, entry: spec.get("many") and len(entry.values) == 1),
-                   "change": self.known(speaker, lambda spec, entry: "change" in spec),
-                   "drop": self.known(speaker, lambda spec, entry: "drop" in spec and len(entry.values) == 1),
-                   "repeat": self.known(speaker, lambda spec, entry: len(entry.values) == 1),
-                   "talk": mine, "chat": mine,
-                   "echo": [entry for entry in self.bank if entry.speaker == speaker and entry.true
-                            and entry.attribute in EVENTS]}
-        old = rng.choice(targets[kind]) if targets.get(kind) else None
-        if kind in targets and old is None:
-            return None
-        if kind == "event":
-            return self.event_turn(speaker, turn_id, time)
-        if kind == "wish":
-            return self.wish_turn(speaker, mine, lacking)
-        if kind == "chat":
-            text = self.choose(CHAT)
-            return text, f"{speaker} said: {text}", "NOOP", None, None, old.attribute, None
-        if kind == "new":
-            if not lacking:
-                return None
-            name = rng.choice(lacking)
-        else:
-            name = old.attribute
-        spec = ATTRIBUTES.get(name) or EVENTS[name]
-        if kind == "talk":
-            text = self.choose(spec["talk"])
-            return text, f"{speaker} said: {text}", "NOOP", None, None, name, None
-        if kind in ("repeat", "echo", "drop"):
-            value = old.values[0]
-        else:
-            value = self.word(spec["pool"])
-        text = self.wording(kind, spec, value)
-        if kind in ("repeat", "echo"):
-            return text, memory_text(speaker, name, [value]), "NOOP", None, None, name, value
-        if kind == "drop":
-            return text, f"No longer: {old.text}", "DELETE", old, None, name, value
-        values = (*old.values, value) if kind == "more" else (value,)
-        turns = (*old.turns, turn_id) if kind == "more" else (turn_id,)
-        new = Entry(speaker, name, values, memory_text(speaker, name, values), turns, time)
-        return text, memory_text(speaker, name, [value]), "UPDATE" if old else "ADD", old, new, name, value
-
-    def wording(self, kind: str, spec: dict, value: str) -> str:
-        """The turn's sentence: the attribute's own phrasing, or a frame around a plain statement."""
-        own = spec.get(kind)
+    def subjects(self, speaker: str, kind: str) -> list[Entry]:
+        """Return the entries that a turn of this kind can refer to."""
         if kind == "echo":
-            return self.choose(spec["repeat"]).format(v=value)
-        if own and (kind in ("more", "drop") or self.rng.random() < 0.6):
+            return self.known(speaker, EVENTS)
+        if kind in ("talk", "chat"):
+            return self.known(speaker)
+        if kind == "change":
+            return [entry for entry in self.known(speaker) if "change" in ATTRIBUTES[entry.attribute]]
+        single = [entry for entry in self.known(speaker) if len(entry.values) == 1]
+        if kind == "repeat":
+            return single
+        return [entry for entry in single if ATTRIBUTES[entry.attribute].get("many" if kind == "more" else "drop")]
+
+    def turn(self, speaker: str, turn_id: str, time: str, kind: str) -> Utterance | None:
+        """Generate a turn of this kind. None if the conversation so far does not allow it."""
+        known_names = [entry.attribute for entry in self.known(speaker)]
+        missing_names = [name for name in ATTRIBUTES if name not in known_names]
+        if kind == "wish":
+            return self.wish(speaker, known_names, missing_names)
+        if kind in ("new", "event"):
+            old, options = None, list(EVENTS) if kind == "event" else missing_names
+            name = self.rng.choice(options) if options else None
+        else:
+            subjects = self.subjects(speaker, kind)
+            old = self.rng.choice(subjects) if subjects else None
+            name = old.attribute if old else None
+        if name is None:
+            return None
+        if kind in ("talk", "chat"):
+            text = self.choose(CHAT if kind == "chat" else TOPICS[name]["talk"])
+            return Utterance(text, f"{speaker} said: {text}", "NOOP", None, None, name, None)
+        value = old.values[0] if kind in ("repeat", "echo", "drop") else self.word(TOPICS[name]["pool"])
+        text, fact = self.sentence(kind, TOPICS[name], value), memory_text(speaker, name, [value])
+        if kind in ("repeat", "echo"):
+            return Utterance(text, fact, "NOOP", None, None, name, value)
+        if kind == "drop":
+            return Utterance(text, f"No longer: {old.text}", "DELETE", old, None, name, value)
+        values, turns = (value,), (turn_id,)
+        if kind == "more":
+            values, turns = old.values + values, old.turns + turns
+        new = Entry(speaker, name, values, memory_text(speaker, name, values), turns, time)
+        return Utterance(text, fact, "UPDATE" if old else "ADD", old, new, name, value)
+
+    def sentence(self, kind: str, topic: dict, value: str) -> str:
+        """Return a phrasing of the topic for this kind of turn, or a plain statement in a general frame."""
+        own = topic.get("repeat" if kind == "echo" else kind)
+        if own and (kind in ("more", "drop", "echo") or self.rng.random() < 0.6):
             return self.choose(own).format(v=value)
-        said = self.choose(spec["say"]).format(v=value)
+        said = self.choose(topic["say"]).format(v=value)
         return upper_first(self.choose(FRAMES[kind]).format(s=said, S=upper_first(said)))
 
-    def event_turn(self, speaker, turn_id, time):
-        name = self.rng.choice(list(EVENTS))
-        value = self.word(EVENTS[name]["pool"])
-        new = Entry(speaker, name, (value,), memory_text(speaker, name, [value]), (turn_id,), time)
-        said = self.choose(EVENTS[name]["say"]).format(v=value)
-        text = upper_first(self.choose(FRAMES["new"][:1] + FRAMES["new"]).format(s=said, S=upper_first(said)))
-        return text, new.text, "ADD", None, new, name, value
-
-    def wish_turn(self, speaker, mine, lacking):
-        """Somebody else's, or only a dream: nothing to keep, though it names an attribute and a value."""
+    def wish(self, speaker: str, known_names: list[str], missing_names: list[str]) -> Utterance:
+        """Generate a turn about a dream or somebody else: nothing to store, although it has a topic and a value."""
         if self.rng.random() < 0.15:
-            name = self.rng.choice(list(EVENTS))
+            names = list(EVENTS)
+        elif known_names and self.rng.random() < 0.7:
+            names = known_names
         else:
-            name = self.rng.choice([entry.attribute for entry in mine] if mine and self.rng.random() < 0.7
-                                   else lacking or list(ATTRIBUTES))
-        spec = ATTRIBUTES.get(name) or EVENTS[name]
-        value = self.word(spec["pool"])
-        text, memory = self.choose(spec["wish"])
-        return text.format(v=value), memory.format(p=speaker, v=value), "NOOP", None, None, name, value
+            names = missing_names or list(ATTRIBUTES)
+        name = self.rng.choice(names)
+        value = self.word(TOPICS[name]["pool"])
+        text, fact = self.choose(TOPICS[name]["wish"])
+        return Utterance(text.format(v=value), fact.format(p=speaker, v=value), "NOOP", None, None, name, value)
 
     def apply(self, turn_id: str, event: str, old: Entry | None, new: Entry | None) -> None:
         if event == "ADD":
@@ -239,9 +225,9 @@ class World:
             self.bank = [entry for entry in self.bank if entry is not old]
             self.gone[old.speaker, old.attribute] = turn_id
 
-    def question(self, speaker: str, names: list[str], value: str | None, asked: str | None, number: int):
-        """A question about one or two attributes of a speaker, or about the date of one event."""
-        rng, first = self.rng, names[0]
+    def question(self, speaker: str, names: list[str], value: str | None, asked_after: str | None, number: int):
+        """Return a question about one or two attributes of a speaker, or about the date of one event."""
+        first = names[0]
         held = [entry for entry in self.bank if entry.speaker == speaker and entry.attribute in names
                 and (first in ATTRIBUTES or value in entry.values)]
         evidence = tuple(dict.fromkeys(turn for entry in held for turn in entry.turns))
@@ -251,16 +237,16 @@ class World:
         elif len(names) == 2:
             a, b = (ATTRIBUTES[name]["part"].format(p=speaker) for name in names)
             category, text = 1, self.choose(PAIR_FRAMES).format(a=a, b=b)
-        elif "open" in ATTRIBUTES[first] and rng.random() < 0.3:
+        elif "open" in ATTRIBUTES[first] and self.rng.random() < 0.3:
             category, text = 3, self.choose(ATTRIBUTES[first]["open"]).format(p=speaker)
         else:
             category = 1 if len(evidence) > 1 else 4
             text = self.choose(ATTRIBUTES[first]["ask"]).format(p=speaker)
         answer = read(self.bank, speaker, names, value if first in EVENTS else None)
-        return Question(f"Q{number}", text, answer, category, evidence, asked)
+        return Question(f"Q{number}", text, answer, category, evidence, asked_after)
 
-    def asked_after(self, turn: Turn, name: str, value: str | None, start: int) -> list[Question]:
-        """The questions that judge one turn's edit: about its matter, and another (with its own, if no event)."""
+    def turn_questions(self, turn: Turn, name: str, value: str | None, start: int) -> list[Question]:
+        """Return the questions that test the edit of one turn: about its topic, and about another one (or both)."""
         questions = [self.question(turn.speaker, [name], value, turn.id, start)]
         others = [entry.attribute for entry in self.known(turn.speaker) if entry.attribute != name]
         if others:
@@ -269,11 +255,10 @@ class World:
             questions.append(self.question(turn.speaker, pair, None, turn.id, start + 1))
         return questions
 
-    def asked_at_the_end(self, matters: set, start: int) -> list[Question]:
-        """One question per (speaker, attribute or event) ever touched, and pairs of attributes."""
-        questions = []
-        for speaker, name, value in sorted(matters, key=str):
-            questions.append(self.question(speaker, [name], value, None, start + len(questions)))
+    def final_questions(self, topics: set, start: int) -> list[Question]:
+        """Return one question about each (speaker, attribute or event) mentioned, and about pairs of attributes."""
+        asked = [(speaker, [name], value) for speaker, name, value in sorted(topics, key=str)]
+        questions = [self.question(*topic, None, start + i) for i, topic in enumerate(asked)]
         for speaker in self.speakers:
             names = [entry.attribute for entry in self.known(speaker)]
             self.rng.shuffle(names)
@@ -282,11 +267,11 @@ class World:
         return questions
 
 
-def dialogue(rng: random.Random, draw, name: str, num_turns: int = 20, phrasing: str = "seen") -> Dialogue:
-    """One conversation of `num_turns` turns in sessions of five, the speakers alternating."""
+def make_dialogue(rng: random.Random, draw, name: str, num_turns: int = 20, phrasing: str = "seen") -> Dialogue:
+    """Generate a conversation of `num_turns` turns in sessions of five; the speakers alternate."""
     world = World(rng, draw, phrasing)
     day = date(2022, 1, 1) + timedelta(days=rng.randrange(700))
-    turns, questions, matters = [], [], set()
+    turns, questions, topics = [], [], set()
     while len(turns) < num_turns:
         i = len(turns)
         if i % 5 == 0:
@@ -303,18 +288,19 @@ def dialogue(rng: random.Random, draw, name: str, num_turns: int = 20, phrasing:
         operation = Operation(event, old.text if old else "", new.text if new else "")
         turns.append(Turn(turn_id, i // 5 + 1, speaker, text, time, fact, operation))
         world.apply(turn_id, event, old, new)
-        questions += world.asked_after(turns[-1], attribute, value, len(questions))
+        questions += world.turn_questions(turns[-1], attribute, value, len(questions))
         if kind not in ("talk", "chat"):
-            matters.add((speaker, attribute, value if attribute in EVENTS else None))
-    questions += world.asked_at_the_end(matters, len(questions))
+            topics.add((speaker, attribute, value if attribute in EVENTS else None))
+    questions += world.final_questions(topics, len(questions))
     return Dialogue(name, world.speakers, tuple(turns), tuple(questions))
 
 
 def load(split: str = "train", count: int = 32, seed: int = 0, num_turns: int = 20,
          phrasing: str = "seen") -> list[Dialogue]:
-    """`count` conversations of a split: train, val, test, pretrain or pseudo. Same arguments, same conversations."""
+    """Generate `count` conversations of a split (also: pseudo). The same arguments give the same conversations."""
     if split not in (*SPLITS, "pseudo"):
         raise UsageError(f"synthetic data has no split {split!r}: choose one of {', '.join(SPLITS)}, pseudo")
     rng = random.Random(f"{split} {seed} {phrasing}")
-    draw, length = drawer(split), "" if num_turns == 20 else f"-{num_turns}"  # others are other conversations
-    return [dialogue(rng, draw, f"{split}-{phrasing}-{seed}{length}-{i}", num_turns, phrasing) for i in range(count)]
+    draw, length = drawer(split), "" if num_turns == 20 else f"-{num_turns}"  # conversations of other lengths differ
+    names = [f"{split}-{phrasing}-{seed}{length}-{i}" for i in range(count)]
+    return [make_dialogue(rng, draw, name, num_turns, phrasing) for name in names]

@@ -1,4 +1,4 @@
-"""What fuzzers share: how many cases, entries of a file changed or broken at random; where the published files are."""
+"""Helpers of the fuzz tests: number of cases, random changes to the entries of a file, folders of published files."""
 import copy
 import functools
 import os
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from data import Dialogue
 
-CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each fuzzer: the same ones always, or as many others as are asked
+CASES = int(os.environ.get("FUZZ_CASES", 2000))  # cases per test; the same ones in every run unless FUZZ_CASES is set
 FUZZ = settings(max_examples=CASES, derandomize="FUZZ_CASES" not in os.environ, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))
 
 
 def edited(entry: dict, *keys: str | int, value=None, remove: bool = False) -> dict:
-    """A copy of the entry with the value under that path of keys replaced or removed."""
+    """Return a copy of the entry in which the value at the path `keys` is replaced or removed."""
     entry = copy.deepcopy(entry)
     node = functools.reduce(lambda node, key: node[key], keys[:-1], entry)
     if remove:
@@ -26,13 +26,13 @@ def edited(entry: dict, *keys: str | int, value=None, remove: bool = False) -> d
 
 
 def places(node, path: tuple = ()) -> list[tuple]:
-    """The path of keys of everything inside a JSON value."""
+    """Return the path of keys of everything inside a JSON value. {"a": [5]} -> [("a",), ("a", 0)]"""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [place for key, child in items for place in [(*path, key), *places(child, (*path, key))]]
 
 
 def mutated(entry: dict, *words: str) -> st.SearchStrategy[dict]:
-    """The entry with one to three of its places removed or replaced by any JSON; `words` are tried among its texts."""
+    """Entries in which one to three places are removed or replaced by any JSON value; its texts may be `words`."""
     text = st.text(max_size=5) | st.sampled_from(["\ud800", "\n", *words])
     value = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | text,
                          lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2))
@@ -41,7 +41,7 @@ def mutated(entry: dict, *words: str) -> st.SearchStrategy[dict]:
 
 
 def mutate(entry: dict, mutation: tuple) -> dict:
-    """The entry after one (place, remove, value), or the same entry if an earlier mutation took the place away."""
+    """Apply one mutation (place, remove, value). The entry stays as it is if an earlier mutation removed the place."""
     place, remove, value = mutation
     try:
         return edited(entry, *place, value=value, remove=remove)
@@ -50,15 +50,15 @@ def mutate(entry: dict, mutation: tuple) -> dict:
 
 
 def said(dialogue: Dialogue) -> list[str]:
-    """Every text of a dialogue that a model may see."""
+    """Return all texts of a dialogue that a model may see."""
     return [turn.text for turn in dialogue.turns] + [turn.time for turn in dialogue.turns] + [
         text for question in dialogue.questions for text in (question.text, question.answer)]
 
 
 @functools.cache
 def real_file(name: str) -> Path | None:
-    """Where a published file of that name is, or None if it is not here."""
-    beside = Path(__file__).parents[2] / "shared/data"
-    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", beside]
+    """Return the path of a published file, or None if this machine does not have it."""
+    neighbour = Path(__file__).parents[2] / "shared/data"
+    folders = [os.environ.get("MEMORY_R1_DATA"), "~/.cache/memory-r1", neighbour]
     paths = [Path(folder).expanduser() / name for folder in folders if folder]
     return next((path for path in paths if path.exists()), None)

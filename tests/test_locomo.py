@@ -1,16 +1,18 @@
-"""LoCoMo's loader: every irregularity of the file survived, every malformed file answered with one line."""
+"""LoCoMo's loader: irregular entries are read, malformed files give a one-line error, downloads are checked."""
 import functools
 import hashlib
 import http.server
 import json
+import socket
 import threading
+import time
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from mutations import FUZZ, edited, mutated, real_file
 
-from data import UsageError, locomo
+from data import UsageError, files, locomo
 
 ENTRY = {
     "sample_id": "conv-7",
@@ -159,21 +161,22 @@ def test_the_published_file():
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Stands in for GitHub: `server(content)` is what it gives from then on."""
+    """A local server in place of GitHub; `server(content)` sets its reply."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        content, length = b"", None
+        content, length, pause = b"", None, 0
 
         def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Length", str(self.length))
             self.end_headers()
+            time.sleep(self.pause)
             self.wfile.write(self.content)
 
         def log_message(self, *_):
             pass
 
-    def give(content, length=None):
-        Handler.content, Handler.length = content, length or len(content)
+    def give(content, length=None, pause=0):
+        Handler.content, Handler.length, Handler.pause = content, length or len(content), pause
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -182,9 +185,8 @@ def server(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MEMORY_R1_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(locomo, "ADDRESS", f"http://127.0.0.1:{server.server_port}/locomo10.json")
-    monkeypatch.setattr(locomo, "SIZE", len(published))
     monkeypatch.setattr(locomo, "SHA256", hashlib.sha256(published).hexdigest())
-    monkeypatch.setattr(locomo, "TIMEOUT", 2)
+    monkeypatch.setattr(files, "TIMEOUT", 0.5)
     give.published, give.cache = published, tmp_path / "cache"
     yield give
     server.shutdown()
@@ -193,6 +195,7 @@ def server(tmp_path, monkeypatch):
 
 def test_fetched_once(server):
     server(server.published)
+    assert not server.cache.exists()
     assert locomo.load("train")[0].id == "conv-26"
     assert [path.name for path in server.cache.iterdir()] == ["locomo10.json"]
     server(b"gone")
@@ -204,17 +207,19 @@ def test_fetched_once(server):
     lambda content: (content[:-9], len(content)),  # a connection that breaks off
     lambda content: (content + b" ", None),
     lambda content: (content.replace(b"Rome", b"Oslo"), None),
+    lambda content: (content, None, 1),  # a server that stops replying
 ])
 def test_a_wrong_file_leaves_nothing_behind(server, spoil):
     server(*spoil(server.published))
     with pytest.raises(UsageError) as error:
         locomo.load("train")
     assert locomo.ADDRESS in str(error.value) and str(server.cache / "locomo10.json") in str(error.value)
-    assert not server.cache.exists()
+    assert "\n" not in str(error.value) and list(server.cache.iterdir()) == []
+    assert socket.getdefaulttimeout() is None
 
 
 def test_offline(server, monkeypatch):
     monkeypatch.setattr(locomo, "ADDRESS", "http://127.0.0.1:1/locomo10.json")
     with pytest.raises(UsageError, match="could not be fetched.*refused.*put http://127.0.0.1:1/"):
         locomo.load("train")
-    assert not server.cache.exists()
+    assert list(server.cache.iterdir()) == []

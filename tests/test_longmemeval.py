@@ -1,4 +1,4 @@
-"""LongMemEval's loader: every irregularity of the files survived, no label in any text, malformed files in one line."""
+"""LongMemEval's loader: irregular entries are read, no text contains a label, malformed files give a one-line error."""
 import functools
 import json
 from collections import Counter
@@ -59,7 +59,7 @@ def test_the_question(write):
     question, = dialogue.questions
     assert question.text == "Current date: 2023/05/30 (Tue) 23:40. How many days ago?"
     assert (question.id, question.answer, question.category) == ("gpt4_1a2b3c4d_abs", "2", 16)
-    assert (question.evidence, question.asked) == (("D1:2", "D5:1"), None)
+    assert (question.evidence, question.asked_after) == (("D1:2", "D5:1"), None)
 
 
 def test_labels_are_in_no_text_and_not_needed(write):
@@ -89,7 +89,7 @@ def test_the_cache_and_offline(tmp_path, monkeypatch, name, file):
         data.load(name, "test")
     assert f"put http://127.0.0.1:1/{file} there" in str(error.value) and "\n" not in str(error.value)
     assert str(tmp_path / "cache" / file) in str(error.value)
-    (tmp_path / "cache").mkdir()
+    assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "cache" / file).write_text(json.dumps([ENTRY]))
     assert len(data.load(name, "test")) == 1
 
@@ -107,7 +107,7 @@ def test_the_cache_and_offline(tmp_path, monkeypatch, name, file):
     (changed("haystack_dates", value=["2023/05/30 (Tue) 09:00"]),
      'entry 1 (gpt4_1a2b3c4d_abs): "haystack_dates" has 1 dates for 5 of "haystack_sessions"'),
     (changed("haystack_dates", 2, value="8 May"), 'entry 1 (gpt4_1a2b3c4d_abs): session 2: "haystack_dates" has '
-     '"8 May", not the like of "2023/04/10 (Mon) 23:07"'),
+     '"8 May", not a date like "2023/04/10 (Mon) 23:07"'),
     (changed("haystack_dates", 2, value=3), 'entry 1 (gpt4_1a2b3c4d_abs): session 2: "haystack_dates" is not text'),
     (changed("haystack_sessions", 0, value=3),
      'entry 1 (gpt4_1a2b3c4d_abs): session 0: "haystack_sessions" is not a list'),

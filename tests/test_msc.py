@@ -1,4 +1,4 @@
-"""MSC's loader: sessions without speakers and dates get them, malformed files one line; and which format a file has."""
+"""MSC's loader: it adds speakers and dates, malformed files give a one-line error; detection of a file's format."""
 import functools
 import json
 
@@ -85,7 +85,7 @@ def test_the_cache_and_offline(tmp_path, monkeypatch):
         monkeypatch.delenv(proxy, raising=False)
     with pytest.raises(UsageError, match="msc_self_instruct.jsonl .*put http://127.0.0.1:1/q.jsonl there"):
         data.load("msc", "test")
-    (tmp_path / "cache").mkdir()
+    assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "cache/msc_self_instruct.jsonl").write_text(json.dumps(ENTRY))
     assert len(data.load("msc", "test")) == 1
 
@@ -100,7 +100,7 @@ def test_the_cache_and_offline(tmp_path, monkeypatch):
     (changed("previous_dialogs", 1, "dialog", value=3), 'entry 1 (valid_0): session 2: "dialog" is not a list'),
     (changed("previous_dialogs", 1, "time_back", remove=True), 'entry 1 (valid_0): session 2 has no key "time_back"'),
     (changed("previous_dialogs", 1, "time_back", value="99999 days ago"),
-     'entry 1 (valid_0): session 2: "time_back" is "99999 days ago", not the like of "5 days 1 hour ago"'),
+     'entry 1 (valid_0): session 2: "time_back" is "99999 days ago", not a time like "5 days 1 hour ago"'),
     (changed("dialog", remove=True), 'entry 1 (valid_0): session 3 has no key "dialog"'),
     (changed("dialog", 1, value="Hey"), "entry 1 (valid_0): session 3, turn 1 is not an object"),
     (changed("dialog", 1, "text", remove=True), 'entry 1 (valid_0): session 3, turn 1 has no key "text"'),
@@ -165,7 +165,7 @@ SESSIONS, EXCERPTS = "msc_valid_sessions1to4.json", "msc_dmr_excerpts.json"
 @pytest.mark.skipif(not (real_file(SESSIONS) and real_file(EXCERPTS)),
                     reason="real sessions and questions of MSC are not here (no part of the repository)")
 def test_real_sessions_and_questions(write):
-    """The third sessions of MSC's validation set as the file has them, with the questions that are known of them."""
+    """The first three sessions of MSC's validation set, with the questions that are known for them."""
     asked = {row["msc_valid_id"]: {"B": row["question"], "A": row["answer"]}
              for row in json.loads(real_file(EXCERPTS).read_text())["rows"] if row["question"]}
     entries = []

@@ -1,4 +1,4 @@
-"""The synthetic world against a replay by a dictionary, a reader of its own, and the claims of its docstring."""
+"""The synthetic world, checked by replaying it on a dictionary, by a second reader, and against its docstring."""
 import random
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ def talks():
 
 
 def said(dialogues):
-    """All that is said, stored, asked and answered."""
+    """Return every text of the dialogues: turns, memories, questions and answers."""
     turns = [text for dialogue in dialogues for turn in dialogue.turns
              for text in (turn.text, turn.fact, turn.operation.old_memory, turn.operation.text)]
     return turns + [text for dialogue in dialogues for q in dialogue.questions for text in (q.text, q.answer)]
@@ -62,7 +62,7 @@ def test_every_word_belongs_to_one_split():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_dialogues_say_no_value_of_another_split(split):
-    """Every name and value is the split's own; two glued where a pool has run dry."""
+    """Every name and value belongs to the split; two joined where a pool is used up."""
     own = {word.casefold() for pool in WORDS[split].values() for word in pool}
     patterns = [re.compile(re.escape(template).replace(r"\{p\}", "(.+?)").replace(r"\{v\}", "(.+)") + "$")
                 for template in TEMPLATES.values()]
@@ -80,26 +80,26 @@ def test_dialogues_say_no_value_of_another_split(split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_words_of_other_splits_do_not_occur(split):
-    """Nor as a part of a longer value, or in a phrasing."""
+    """Not even as a part of a longer value or in a phrasing."""
     heard = {word for text in said(synthetic.load(split, 100, num_turns=30)) for word in words(text)}
     foreign = {word.casefold() for other in SPLITS if other != split for pool in WORDS[other].values() for word in pool}
     assert heard & foreign == set()
 
 
 def phrasings():
-    """(name, list) of every list of phrasings in the world."""
+    """Yield (name, list) of every list of phrasings in the world."""
     yield from WORLD["frames"].items()
     yield "chat", WORLD["chat"]
     yield "pair", synthetic.PAIR_FRAMES
     for key in ("attributes", "events"):
         for name, spec in WORLD[key].items():
             for kind, options in spec.items():
-                if isinstance(options, list) and kind != "open":  # open questions are asked of "seen" talk alone
+                if isinstance(options, list) and kind != "open":  # only "seen" dialogues have open questions
                     yield f"{name} {kind}", [option[0] if kind == "wish" else option for option in options]
 
 
 def lines_like(option, lines):
-    """Lines that hold a phrasing: '{v} is my sister' finds 'As I said, Ann is my sister.'"""
+    """Return the lines that contain a phrasing: '{v} is my sister' finds 'As I said, Ann is my sister.'"""
     parts = [part.casefold() for part in re.split(r"\{\w\}", option)]
     longest, pattern = max(parts, key=len), re.compile(r"(?<!\w)" + r"\w.*".join(map(re.escape, parts)) + r"(?!\w)")
     return [line for line in lines if longest in line and pattern.search(line)]
@@ -113,23 +113,23 @@ def heard(phrasing):
 
 def test_the_last_phrasings_are_heard_only_unseen():
     seen, unseen = heard("seen"), heard("unseen")
-    assert not {name for name, options in phrasings() if not lines_like(options[-1], unseen)}, "never heard at all"
+    assert not {name for name, options in phrasings() if not lines_like(options[-1], unseen)}, "never used"
     assert not {option for _, options in phrasings() for option in options[:-1] if not lines_like(option, seen)}
-    sentences = ("ask", "talk", "more", "drop", "chat", "pair")  # of these, none is a part of another
+    sentences = ("ask", "talk", "more", "drop", "chat", "pair")  # no phrasing of these kinds is a part of another
     whole = [options for name, options in phrasings() if name.split()[-1] in sentences]
     assert not {option for options in whole for option in options[:-1] if lines_like(option, unseen)}
-    assert {name for name, options in phrasings() if lines_like(options[-1], seen)} == set(), "the last one was seen"
+    assert {name for name, options in phrasings() if lines_like(options[-1], seen)} == set(), "a last one was used"
 
 
 # --- turns and operations ---
 
 def replay(dialogue):
-    """The known bank after every turn, as a dict {(speaker, text): time}."""
+    """Return the reference bank after every turn, as a dict {(speaker, text): time}."""
     bank, banks = {}, []
     for turn in dialogue.turns:
         old, new = (turn.speaker, turn.operation.old_memory), (turn.speaker, turn.operation.text)
         if turn.operation.event in ("UPDATE", "DELETE"):
-            assert old in bank, "an operation on what is not there"
+            assert old in bank, "an operation on an entry that does not exist"
         if turn.operation.event in ("ADD", "UPDATE"):
             assert new not in bank, "an entry twice"
         if turn.operation.event == "UPDATE":  # keeps its place
@@ -150,7 +150,7 @@ def test_operations_are_consistent(talks):
             assert (bool(old), bool(text)) == {"ADD": (False, True), "UPDATE": (True, True), "DELETE": (True, False),
                                                "NOOP": (False, False)}[event]
             assert turn.speaker in text or not text
-            assert turn.speaker in turn.fact, "a memory that stands alone"
+            assert turn.speaker in turn.fact, "a memory that can be understood alone"
         assert {turn.speaker for turn in dialogue.turns} == set(dialogue.speakers) and len(set(dialogue.speakers)) == 2
 
 
@@ -187,12 +187,12 @@ def test_questions_name_turns_that_were_said(talks):
         order = {turn.id: i for i, turn in enumerate(dialogue.turns)}
         assert len({question.id for question in dialogue.questions}) == len(dialogue.questions)
         for question in dialogue.questions:
-            last = order[question.asked] if question.asked else 99
+            last = order[question.asked_after] if question.asked_after else 99
             assert all(order[turn] <= last for turn in question.evidence)
             assert question.evidence or question.answer == "none"
             assert question.category in (1, 2, 3, 4) and question.text and question.answer
             assert sum(speaker in question.text for speaker in dialogue.speakers) == 1
-        asked = [question.asked for question in dialogue.questions]
+        asked = [question.asked_after for question in dialogue.questions]
         assert set(asked) == {None, *order} and asked == sorted(asked, key=lambda turn: order.get(turn, 99))
 
 
@@ -204,7 +204,7 @@ READER = {  # question -> the memory that answers it
 
 
 def read_by_pattern(question, person, bank):
-    """The answer by patterns of our own, over one person's {text: time}; None where they do not know the matter."""
+    """Return the answer by regular expressions over one person's {text: time}; None for topics without a pattern."""
     event = re.search(rf"{person} (?:visit|visited) (.+)\?", question)
     if event:
         return "".join(time for text, time in bank.items() if text == f"{person} visited {event[1]}.") or "none"
@@ -216,12 +216,12 @@ def read_by_pattern(question, person, bank):
     return " and ".join(one[1] for one in found if one) or "none"
 
 
-def test_answers_follow_from_the_known_bank(talks):
+def test_answers_follow_from_the_reference_bank(talks):
     counts = Counter()
     for dialogue in talks:
         banks = dict(zip([turn.id for turn in dialogue.turns], replay(dialogue), strict=True))
         for question in dialogue.questions:
-            bank = banks[question.asked or dialogue.turns[-1].id]
+            bank = banks[question.asked_after or dialogue.turns[-1].id]
             [person] = [speaker for speaker in dialogue.speakers if speaker in question.text]
             mine = {text: time for (speaker, text), time in bank.items() if speaker == person}
             expected = read_by_pattern(question.text, person, mine)
@@ -234,7 +234,7 @@ def test_answers_follow_from_the_known_bank(talks):
 
 
 class Recorder(World):
-    """A world that keeps a record of its turns and of what it asked."""
+    """A world that records its turns and questions."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -249,8 +249,8 @@ class Recorder(World):
         super().apply(*edit)
         self.seen += self.bank
 
-    def question(self, speaker, names, value, asked, number):
-        self.asks.append((super().question(speaker, names, value, asked, number), speaker, names, value))
+    def question(self, speaker, names, value, asked_after, number):
+        self.asks.append((super().question(speaker, names, value, asked_after, number), speaker, names, value))
         return self.asks[-1][0]
 
 
@@ -263,18 +263,18 @@ def recorded(talks):
     return worlds
 
 
-def share_right(worlds, bank_of):
+def fraction_correct(worlds, bank_of):
     right = []
     for world in worlds:
         bank = bank_of(world)
         right += [read(bank, speaker, names, value if names[0] in WORLD["events"] else None) == question.answer
-                  for question, speaker, names, value in world.asks if question.asked is None]
+                  for question, speaker, names, value in world.asks if question.asked_after is None]
     assert len(right) > 2000
     return sum(right) / len(right)
 
 
 def everything(world, kinds):
-    """The bank of a keeper who stores what every turn of some kinds says, but no text twice."""
+    """Return a bank that stores the fact of every turn of some kinds, but no text twice."""
     bank = {}
     for speaker, turn_id, time, kind, (_, fact, _, _, _, name, value) in world.log:
         if kind in kinds:
@@ -283,12 +283,12 @@ def everything(world, kinds):
 
 
 def test_only_the_right_edits_answer_the_questions(recorded):
-    """The known bank answers all; always NOOP, and always ADD even if wishes and repeats are spared, much fewer."""
+    """The reference bank answers every question; an empty bank, and always ADD (even without wishes), at most 85 %."""
     said_kinds = synthetic.KINDS.keys() - {"talk", "chat"}
-    assert share_right(recorded, lambda world: world.bank) == 1.0
-    assert share_right(recorded, lambda world: []) <= 0.85
-    assert share_right(recorded, lambda world: everything(world, said_kinds)) <= 0.85
-    assert share_right(recorded, lambda world: everything(world, said_kinds - {"wish", "drop"})) <= 0.85
+    assert fraction_correct(recorded, lambda world: world.bank) == 1.0
+    assert fraction_correct(recorded, lambda world: []) <= 0.85
+    assert fraction_correct(recorded, lambda world: everything(world, said_kinds)) <= 0.85
+    assert fraction_correct(recorded, lambda world: everything(world, said_kinds - {"wish", "drop"})) <= 0.85
 
 
 def test_read_by_hand():
@@ -310,7 +310,7 @@ def test_pseudo_words():
 
 
 def test_conversations_of_other_lengths_have_other_ids():
-    """The second of a hundred turns begins unlike the second of twenty: facts of one are not the other's."""
+    """The second dialogue of 100 turns differs from the second of 20, so that facts cached by id are not mixed up."""
     short, long = (synthetic.load("test", 2, seed=1, num_turns=n) for n in (20, 100))
     assert short[1].turns[0] != long[1].turns[0]
     assert not {one.id for one in short} & {one.id for one in long}

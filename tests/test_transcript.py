@@ -1,4 +1,4 @@
-"""Transcripts of a reader's own: plain text and JSON give the same dialogue; whatever is wrong is one line."""
+"""Your own transcripts: plain text and JSON give the same dialogue; malformed files give a one-line error."""
 import json
 
 import pytest
@@ -52,7 +52,7 @@ def test_plain_text(load):
 
 def test_json_as_a_list_as_an_object_and_as_lines(load):
     one_session = TURNS[:2], [Turn("D1:3", 1, *list(vars(TURNS[2]).values())[2:5])], [
-        Turn("D2:1", 2, *list(vars(TURNS[3]).values())[2:5])]  # in JSON the time alone parts sessions
+        Turn("D2:1", 2, *list(vars(TURNS[3]).values())[2:5])]  # in JSON a session ends where the time changes
     turns = tuple(turn for some in one_session for turn in some)
     asked = (Question("talk-0:1", "Which car does Gina have?", "none", 31, ("D1:2", "D2:1")),
              Question("talk-0:2", "How many dogs does Jon have?", "2", 31))
@@ -64,7 +64,7 @@ def test_json_as_a_list_as_an_object_and_as_lines(load):
     assert [dialogue.id for dialogue in lines] == ["talk-0", "talk-1"] and lines[0].turns == lines[1].turns == turns
 
 
-def test_every_split_is_the_whole_and_the_time_may_be_missing(load):
+def test_every_split_is_the_whole_file_and_the_time_may_be_missing(load):
     text = "Jon: Hi.\nGina: Hi.\nJon: Bye."
     dialogues = [load(text, split)[0] for split in ("train", "val", "test")]
     assert dialogues[0] == dialogues[1] == dialogues[2]
@@ -86,7 +86,7 @@ def test_evidence_links_questions_to_turns_and_their_category_has_a_name(load):
     ("Jon: Hi.\nGina: Hi.\n\nand more", 'line 4 begins a session, so it must read "Name: what was said"'),
     ("Jon: Hi.\n# 8 May\nhttp://x.org/", 'line 3 begins a session, so it must read "Name: what was said"'),
     ("Jon: Hi.\nGina: Hi.\nNote: Hi.",
-     'line 3: "Note" is a third speaker beside Jon and Gina (in plain text, indent what is no turn)'),
+     'line 3: "Note" is a third speaker besides Jon and Gina (in plain text, indent lines that continue a turn)'),
     ("Jon: Hi.\nGina:\n\nJon: Hi.", "line 2: a text is missing"),
     ("Jon: Hi.\n\u200b: Hi.", "line 2: the name of a speaker is missing"),
     ("Jon: Hi.\nJon: Hi.", "only Jon speaks, but two must"),
@@ -94,7 +94,8 @@ def test_evidence_links_questions_to_turns_and_their_category_has_a_name(load):
     (json.dumps([]), "is not a list of conversations"),
     (json.dumps({"turns": []}), "entry 0: nobody speaks, but two must"),
     (json.dumps(edited(ENTRY, "turns", 2, "speaker", value="Eve")),
-     'entry 0: turn 3: "Eve" is a third speaker beside Jon and Gina (in plain text, indent what is no turn)'),
+     'entry 0: turn 3: "Eve" is a third speaker besides Jon and Gina '
+     "(in plain text, indent lines that continue a turn)"),
     (json.dumps([{"speaker": "Jon", "text": "Hi."}, "Hi."]), "entry 0: turn 2 is not an object"),
     (json.dumps([{"speaker": "Jon"}]), 'entry 0: turn 1 has no key "text"'),
     (json.dumps(edited(ENTRY, "turns", 1, "time", value=7)), 'entry 0: turn 2: "time" is not text'),
@@ -108,7 +109,7 @@ def test_evidence_links_questions_to_turns_and_their_category_has_a_name(load):
     (json.dumps(edited(ENTRY, "questions", 0, "evidence", value=[True])),
      'entry 0: question 1: "evidence" has True, not the number of a turn, 1 to 4'),
 ])
-def test_what_is_wrong_is_named(load, tmp_path, content, message):
+def test_malformed_files_are_named(load, tmp_path, content, message):
     with pytest.raises(UsageError) as error:
         load(content)
     assert str(error.value) == f"{tmp_path / 'talk.txt'}: {message}"
@@ -118,7 +119,7 @@ SOME = settings(FUZZ, max_examples=max(1, CASES // 4))
 
 
 def outcome(load, content):
-    """What a file gives: whole dialogues of two speakers, or one line."""
+    """Assert that a file gives dialogues of two speakers, or a one-line UsageError."""
     try:
         dialogues = load(content)
     except UsageError as error:

@@ -1,1 +1,1 @@
-"""How the tiny default model in data/tiny was made."""
+"""How data/tiny, the default model, was pretrained."""

@@ -1,20 +1,26 @@
-"""Lessons as padded batches of token ids, and the model's predictions on them. B rows, T tokens, V vocabulary."""
+"""
+Lessons as padded batches of token ids, and the model's predictions for them. A row is a pair (ids, learned): `learned`
+is True where a token is a target. B rows, T tokens in the longest row, N targets in all, V vocabulary.
+"""
 import random
+from collections.abc import Iterator
 
 import torch
 
 from support.tiny_model import lessons
 
+NUM_LESSONS, NUM_COPIES = 366, 18  # of a round of batches
 
-def copy_lesson(rng: random.Random, kinds, longest: int):
-    """Random tokens out of `kinds`, a gap, the same tokens again: (ids, learned)."""
+
+def copy_lesson(rng: random.Random, kinds, longest: int) -> tuple[list[int], list[bool]]:
+    """Return random tokens out of `kinds`, a gap, and the same tokens again, all but the first of them as targets."""
     tokens = [rng.choice(kinds) for _ in range(rng.randint(4, longest))]
     gap = [rng.choice(kinds) for _ in range(rng.randint(0, longest))]
     return tokens + gap + tokens, [False] * (len(tokens) + len(gap) + 1) + [True] * (len(tokens) - 1)
 
 
-def encode_lessons(tokenizer, batch):
-    """Lists of (prompt, completion) pairs -> lists of (ids, learned); EOS ends every completion."""
+def encode_lessons(tokenizer, batch) -> list[tuple[list[int], list[bool]]]:
+    """Lists of (prompt, completion) -> rows. The targets are the completions, each with an EOS."""
     texts = [text for pairs in batch for prompt, completion in pairs for text in (prompt + "\n", completion)]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
     rows = []
@@ -28,12 +34,17 @@ def encode_lessons(tokenizer, batch):
     return rows
 
 
-def batches(rng, tokenizer, pieces, progress: float, tokens: int, longest: int = 1024):
-    """Some hundred lessons cut into batches of at most `tokens` padded tokens: tensors ids, learned (B, T)."""
+def batches(rng, tokenizer, pieces, progress: float, tokens: int, longest: int = 1024) -> Iterator:
+    """
+    Yield a round of lessons, in random order, as batches of at most `tokens` tokens, padding included. Rows of similar
+    length share a batch; lessons of more than `longest` tokens are left out. -> ids, learned (B, T)
+    """
     rows = encode_lessons(tokenizer, [lessons.lesson(rng, lessons.lesson_drawer(rng, pieces), progress)
-                                      for _ in range(366)])
-    every = range(2, len(tokenizer))  # and, in half of the copying, few kinds of token: alike but for their order
-    rows += [copy_lesson(rng, kinds, 24) for _ in range(9) for kinds in (every, rng.sample(every, 12))]
+                                      for _ in range(NUM_LESSONS)])
+    vocabulary = range(2, len(tokenizer))
+    # Half of the copies consist of few kinds of tokens: the order is then all that distinguishes them.
+    rows += [copy_lesson(rng, kinds, 24) for _ in range(NUM_COPIES // 2)
+             for kinds in (vocabulary, rng.sample(vocabulary, 12))]
     rows = sorted((row for row in rows if len(row[0]) <= longest), key=lambda row: len(row[0]))
     groups = [[]]
     for row in rows:
@@ -42,10 +53,11 @@ def batches(rng, tokenizer, pieces, progress: float, tokens: int, longest: int =
         groups[-1].append(row)
     rng.shuffle(groups)
     for group in filter(None, groups):
-        yield padded(group)
+        yield pad_rows(group)
 
 
-def padded(rows):
+def pad_rows(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows -> ids (B, T), padded with 0, and learned (B, T) bool."""
     width = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     learned = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -55,7 +67,7 @@ def padded(rows):
     return ids, learned
 
 
-def predictions(model, ids, learned):
-    """Logits at the places that predict a learned token, and those tokens: (N, V), (N,)."""
+def predictions(model, ids, learned) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits that predict the targets, and the targets. ids, learned (B, T) -> (N, V), (N,)"""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     return model.lm_head(hidden[learned[:, 1:]]), ids[:, 1:][learned[:, 1:]]

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: byte-level BPE over lessons about made-up words."""
+"""The tokenizer of the tiny model: byte-level BPE, trained on lessons about made-up words."""
 import json
 import random
 import re
@@ -12,18 +12,21 @@ from support.tiny_model import lessons
 
 CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}"
                  "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}")
-# Parts of the Manager's JSON that are one token each, so that two tokens decide an operation.
+# Parts of the Manager's JSON, one token each. The choice of an operation then takes two tokens.
 CHUNKS = ['[{"event":"', '","old_memory":"', '","text":"', '"}]']
 WORD_PATTERN = Regex(r"'s| ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]+|\s")
 
 
-def letters_like(rng: random.Random, words: list[str]):
-    """Draws made-up words with the letter triples of `words`: the tokenizer should learn pieces, not names."""
-    follow = {}
+def trigram_drawer(rng: random.Random, words: list[str]):
+    """
+    Return a `draw` function (see lessons.py) for made-up words with the letter trigrams of `words`. Trained on them,
+    the tokenizer learns pieces of names, not names.
+    """
+    follow = {}  # two letters -> letters that follow them; ^^ begins and $ ends a word
     for word in words:
-        padded = f"^^{word.lower()}$"
-        for i in range(len(padded) - 2):
-            follow.setdefault(padded[i:i + 2], []).append(padded[i + 2])
+        marked = f"^^{word.lower()}$"
+        for i in range(len(marked) - 2):
+            follow.setdefault(marked[i:i + 2], []).append(marked[i + 2])
 
     def draw(rng, pool):
         while True:
@@ -37,10 +40,10 @@ def letters_like(rng: random.Random, words: list[str]):
 
 
 def make_tokenizer(vocab_size: int, rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over lessons about made-up words: template words become tokens, names become pieces."""
+    """Train the tokenizer. Words of the prompt formats become tokens; names consist of several tokens."""
     words = [part for pool in WORDS["pretrain"].values() for word in pool for part in word.split()]
-    draw = letters_like(rng, words)
-    corpus = ["".join(f"\n{i} ({i % 31 + 1} May {2021 + i % 5})" for i in range(65))] * 200
+    draw = trigram_drawer(rng, words)
+    corpus = ["".join(f"\n{i} ({i % 31 + 1} May {2021 + i % 5})" for i in range(65))] * 200  # numbers of memories
     for _ in range(12000):
         corpus += [prompt + "\n" + completion for prompt, completion in lessons.lesson(rng, draw, 0.9)]
     corpus += [" " + draw(rng, "") for _ in range(60000)]
@@ -60,7 +63,7 @@ def make_tokenizer(vocab_size: int, rng: random.Random) -> PreTrainedTokenizerFa
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """A tokenizer folder that AutoTokenizer loads, under the class name that every release of transformers knows."""
+    """Save the tokenizer under a class name that AutoTokenizer knows in every release of transformers."""
     tokenizer.save_pretrained(folder)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>",
               "model_max_length": tokenizer.model_max_length, "clean_up_tokenization_spaces": False}
@@ -68,7 +71,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def name_pieces(tokenizer) -> list[str]:
-    """The vocabulary's short alphabetic pieces, which glued names are made of."""
+    """Return the short alphabetic pieces of the vocabulary, from which lessons form names and values."""
     found = {token.replace("Ġ", "").lower() for token in tokenizer.get_vocab()
              if re.fullmatch("Ġ?[A-Za-z]{1,4}", token)}
-    return sorted(found - {"none", "and"})  # these two mean something in an answer
+    return sorted(found - {"none", "and"})  # these have a meaning in answers

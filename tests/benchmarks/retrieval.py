@@ -1,9 +1,9 @@
 """
-How much of LoCoMo's evidence the search finds: `OMP_NUM_THREADS=2 python tests/benchmarks/retrieval.py [ENCODER]`.
-Every turn of the eight test dialogues is a memory; of a question's evidence turns, which share is among the K most
-similar turns of each speaker? (K = 30 is the paper's 60.) LoCoMo is fetched on first use. With ENCODER, a hub id or
-folder such as sentence-transformers/all-MiniLM-L6-v2: also that encoder and hash+ENCODER, some minutes on a CPU.
-`context`: the turn before is stored in front of a turn, as one text.
+Measure the recall of evidence on LoCoMo: `OMP_NUM_THREADS=2 python tests/benchmarks/retrieval.py [ENCODER]`.
+Every turn of the eight test dialogues is a memory. Recall at K is the fraction of a question's evidence turns that are
+among the K most similar turns of each speaker (K = 30 gives the paper's 60 memories). LoCoMo is downloaded on first
+use. ENCODER is a hub id or folder, such as sentence-transformers/all-MiniLM-L6-v2: it is measured alone and as
+hash+ENCODER, which takes some minutes on a CPU. `context`: the text of a memory begins with the turn before it.
 """
 import sys
 import time
@@ -16,7 +16,7 @@ from memory import MemoryBank, make_embedder  # noqa: E402
 
 
 def bank_of(dialogue, embedder, with_context):
-    """A bank of the raw turns, the number of a memory that of its turn."""
+    """Return a bank of the turns; the id of a memory is the position of its turn."""
     lines = [f"{turn.speaker}: {turn.text}" for turn in dialogue.turns]
     texts = [f"{before} {line}" for before, line in zip(["", *lines], lines, strict=False)] if with_context else lines
     embedder.embed(texts)  # in one batch
@@ -27,7 +27,7 @@ def bank_of(dialogue, embedder, with_context):
 
 
 def recalls(dialogues, embedder, with_context, k):
-    """(category, share of the evidence turns found) of every question that has any"""
+    """Return (category, recall at k) of every question that has evidence."""
     found = []
     for dialogue in dialogues:
         bank, number = bank_of(dialogue, embedder, with_context), {turn.id: i for i, turn in enumerate(dialogue.turns)}
@@ -51,12 +51,12 @@ def main():
         embedder = make_embedder(name)
         for with_context in (False, True):
             start = time.perf_counter()
-            of_k = {k: recalls(dialogues, embedder, with_context, k) for k in (5, 15, 30)}
-            shares = "  ".join(f"{mean([share for _, share in found]):.3f}" for found in of_k.values())
-            by_category = " / ".join(f"{mean([share for one, share in of_k[30] if one == number]):.2f}"
+            at = {k: recalls(dialogues, embedder, with_context, k) for k in (5, 15, 30)}
+            overall = "  ".join(f"{mean([recall for _, recall in found]):.3f}" for found in at.values())
+            by_category = " / ".join(f"{mean([recall for category, recall in at[30] if category == number]):.2f}"
                                      for number in (1, 2, 3, 4))
-            spent = time.perf_counter() - start
-            print(f"{name + (', context' if with_context else ''):48} {shares}   {by_category}  {spent:4.0f} s",
+            seconds = time.perf_counter() - start
+            print(f"{name + (', context' if with_context else ''):48} {overall}   {by_category}  {seconds:4.0f} s",
                   flush=True)
 
 

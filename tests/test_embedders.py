@@ -1,0 +1,124 @@
+"""The embedders: features and idf by hand, retrieval in tiny banks, encoders against transformers."""
+import numpy as np
+import pytest
+
+import memory
+from data import UsageError
+from memory import MemoryBank, make_embedder, word_features
+
+
+def test_idf_by_hand():
+    """Each word has six features that no other has; df is 2 for cat, 1 for fox; there are 3 entries."""
+    assert len({dim for word in ("cat", "dog", "fox") for dim in word_features(word)[0]}) == 18
+    bank = MemoryBank(make_embedder("hash"))
+    for text in ("cat", "cat dog", "fox"):
+        bank.add(text, "Ann", "")
+    cat, fox = np.log(1 + 3 / 2) ** 2, np.log(1 + 3 / 1) ** 2
+    expected = {0: cat, 1: cat / np.sqrt(2), 2: fox}
+    for m, score in bank.search_scored("Cat, fox!", 3):
+        assert score == pytest.approx(expected.pop(m.id) / np.hypot(cat, fox), abs=1e-6)
+    assert not expected
+
+
+def test_features_are_the_same_in_every_process():
+    assert word_features("ox") == ([439, 896, 858, 589], [1.0] * 4)
+    assert word_features("the")[1][0] == memory.FUNCTION_WORD_COUNT
+
+
+RETRIEVAL = """ question | memory with the answer | other memories
+What is the name of Jon's dog? | Jon has a dog named Buddy. | Jon works as a nurse. | The cat is Tom. | \
+The name of Jon's sister is Ann. | Jon has a cat named Tom.
+Where does Ann live? | Ann lives in Lisbon. | Ann does yoga where she can. | Ann likes Bob.
+When did Bob go to the doctor? | Bob went to a doctor. | Bob did go to the park. | Bob goes home.
+What instrument does Mia play? | Mia plays the violin, an instrument. | Mia plays chess. | What is Mia?
+Which car did Tim buy? | Tim bought a red car. | Tim did a course in which he met Ann. | Tim has carpets.
+Does she have any allergies? | She is allergic to nuts. | She does have a sister. | She has any.
+What did Eva paint? | Eva painted a sunrise. | Eva did what her father did. | Eva is a friend of Leo.
+How many children does Leo have? | Leo has three children. | Leo does have many books. | Leo is old.
+Who is Zoe's favourite singer? | Zoe's favourite singer is Adele. | Zoe's favourite is rice.
+What are Sam's plans for the summer? | Sam plans to hike in the summer. | Sam's plans are for the best.
+Is it the case that Ida moved to Rome? | Ida moved to Rome. | It is the case that Ida rests. | Ida is it.
+Où habite Zoé ? | Zoé habite à Évreux. | Zoé aime le thé. | Paul habite à Paris.
+""".splitlines()[1:]
+
+
+@pytest.mark.parametrize("line", RETRIEVAL)
+def test_the_memory_that_answers_comes_first_in_a_tiny_bank(line):
+    question, best, *others = line.split(" | ")
+    for texts in ([best, *others], [*others, best]):
+        bank = MemoryBank(make_embedder("hash"))
+        for text in texts:
+            bank.add(text, "Ann", "")
+        found = bank.search_scored(question, 9)
+        assert found[0][0].text == best, found
+        assert all(0 <= score <= 1 for _, score in found)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    folder = str(tmp_path_factory.mktemp("encoder"))
+    words = ["[PAD]", "[UNK]", "a", "dog", "cat", "red", "sleeps", "here", "jon", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=64, max_position_embeddings=16)).save_pretrained(folder)
+    return folder
+
+
+TEXTS = ["a dog", "jon", "a red cat sleeps here with a dog", "red red red", "", "a dog " * 40, "cat . dog"]
+
+
+def test_encoder_is_the_mean_over_real_tokens_alone(encoder_folder):
+    embedder = make_embedder(encoder_folder)
+    together = embedder.embed(TEXTS)
+    alone = np.concatenate([make_embedder(encoder_folder).embed([text]) for text in TEXTS])
+    assert together.dtype == np.float32 and together.shape == (7, embedder.dim) == (7, 32)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    encoder = memory.Encoder(encoder_folder)
+    tokens = encoder.tokenizer("a red cat sleeps here with a dog", return_tensors="pt")
+    mean = encoder.model(**tokens).last_hidden_state[0].numpy().mean(axis=0)
+    np.testing.assert_allclose(together[2], mean / np.linalg.norm(mean), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS, batch_size=2), together, atol=1e-5)
+
+
+def test_hash_and_encoder_is_the_weighted_mean_of_both_scores(encoder_folder):
+    scores = {}
+    for name in ("hash", encoder_folder, "hash+" + encoder_folder):
+        bank = MemoryBank(make_embedder(name))
+        for text in TEXTS:
+            bank.add(text, "Ann", "")
+        scores[name] = {m.id: score for m, score in bank.search_scored("a red dog", 9)}
+        assert len(scores[name]) == len(TEXTS) and bank.embedder.name == name
+    for id, score in scores["hash+" + encoder_folder].items():
+        assert score == pytest.approx((scores[encoder_folder][id] + 2 * scores["hash"][id]) / 3, abs=1e-5)
+
+
+def test_embedder_remembers_recent_texts_and_hands_out_copies(monkeypatch):
+    computed = []
+    compute = memory.hashed_vectors
+    monkeypatch.setattr(memory, "hashed_vectors", lambda texts: computed.extend(texts) or compute(texts))
+    monkeypatch.setattr(memory, "RECENT_TEXTS", 3)
+    embedder = make_embedder("hash")
+    first = embedder.embed(["a", "b", "a"])
+    embedder.embed(["b"])[:] = 0
+    np.testing.assert_array_equal(embedder.embed(["a", "b", "a"]), first)
+    assert computed == ["a", "b"] and embedder.embed([]).shape == (0, embedder.dim)
+    embedder.embed(list("cdefg"))
+    embedder.embed(["a"])
+    assert computed == list("abcdefga") and len(embedder._recent) == 3
+
+
+@pytest.mark.parametrize("name", ["no/such-folder/at-all", "hash+", "", "{folder}", "hash+{folder}"])
+def test_an_encoder_that_cannot_be_loaded_is_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"')
+    with pytest.raises(UsageError, match="cannot be loaded") as error:
+        make_embedder(name.format(folder=tmp_path))
+    assert "\n" not in str(error.value)
