@@ -157,7 +157,7 @@ def test_with_ratio_1_the_gradient_is_that_of_reinforce_with_a_group_baseline(ti
     policy, options = tiny(), dict(beta=beta, loss_mean=loss_mean)
     rollouts = sampled(policy, **options)
     lengths = [len(completion) for group in rollouts.completions for completion in group]
-    assert rollouts.kept == 1 and rollouts.mean_length == pytest.approx(sum(lengths) / len(lengths))
+    assert rollouts.kept_fraction == 1 and rollouts.mean_length == pytest.approx(sum(lengths) / len(lengths))
     J = 0
     for p, prompt in enumerate(rollouts.prompts):
         for g, completion in enumerate(rollouts.completions[p]):
@@ -197,11 +197,11 @@ def test_groups_with_equal_rewards_have_no_gradient_but_count_in_the_mean(tiny):
     policy = tiny()
     everything, mixed = sampled(policy), sampled(policy, ONE_EQUAL)
     prompts = encode_texts(policy, TEXTS)
-    assert mixed.prompts == [prompts[0], prompts[2]] and mixed.kept == pytest.approx(2 / 3)
+    assert mixed.prompts == [prompts[0], prompts[2]] and mixed.kept_fraction == pytest.approx(2 / 3)
     assert mixed.completions == [everything.completions[0], everything.completions[2]]
     assert mixed.mean_length == everything.mean_length, "the mean length is that of all groups"
     some, _ = gradient_of(policy, mixed, beta=0.0)
-    alone, _ = gradient_of(policy, replace(mixed, kept=1.0), beta=0.0)
+    alone, _ = gradient_of(policy, replace(mixed, kept_fraction=1.0), beta=0.0)
     torch.testing.assert_close(some, alone * 2 / 3, atol=1e-6, rtol=1e-5)  # the mean is over all three groups
     for rollouts in (mixed, everything):
         parts, _ = gradient_of(policy, rollouts, beta=0.3, minibatch=1)
@@ -269,10 +269,10 @@ def whole(tiny_folder, tmp_path_factory):
     return files_of(folder)
 
 
-@pytest.mark.parametrize("place, left", [(("evaluate", 6), []), (("rewards", 1), [1, 2, 3, 4, 5, 6]),
-                                         (("evaluate", 0), [1, 2, 3, 4, 5, 6])])
+@pytest.mark.parametrize("place, left", [(("evaluate", 6), []), (("rewards", 4), [4, 5, 6]),
+                                         (("rewards", 1), [1, 2, 3, 4, 5, 6]), (("evaluate", 0), [1, 2, 3, 4, 5, 6])])
 def test_a_stopped_run_is_resumed_as_if_it_had_not_been(tiny, tmp_path, whole, place, left):
-    """In the last evaluation, before the first checkpoint, in the first evaluation. A complete run stays as it is."""
+    """In an evaluation, in a step, before the first checkpoint. A complete run stays as it is."""
     with pytest.raises(KeyboardInterrupt):
         run_letters(tiny(b=0.0), tmp_path, grpo, {place: stop}, **TOY)
     for steps in (left, []):
