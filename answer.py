@@ -2,18 +2,15 @@
 The Answer Agent of Memory-R1 (arXiv 2508.19828, Alg. 4): it retrieves memories for a question, selects the relevant
 ones (memory distillation) and answers, all in one completion.
 
-    question: Which car does Jon drive?
-    memories of Jon:
-    1 (8 May 2023) Jon has a dog named Buddy.
+    prompt                                                completion      or, shorter
+    question: Which car does Jon drive?                   1 none          relevant: 2
+    memories of Jon:                                      2 Kia           answer: Kia
+    1 (8 May 2023) Jon has a dog named Buddy.             answer: Kia
     2 (3 June 2023) Jon drives a Kia car.
     question: Which car does Jon drive?
     relevant memories, then the answer:
-                                          1 none          or          relevant: 2
-                                          2 Kia                       answer: Kia
-                                          answer: Kia
 
-Difference from the paper: the paper's completion repeats the selected memories, ours gives their numbers, or a verdict
-of a word or two per memory, which takes far fewer tokens.
+Difference from the paper: a completion gives the numbers of the selected memories; the paper's repeats the memories.
 This file also defines the metrics EM, F1 and BLEU-1; support/judge.py asks a language model instead.
 """
 import math
@@ -22,25 +19,17 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 
-import manager
 from data import TINY, Turn, is_tiny
+from manager import load_manager, print_safely, read_turn
 from memory import Memory, MemoryBank, make_embedder
-from policy import Policy
 from support.cli import Parser, exit_cleanly
-from support.completions import fit_prompt, generate
+from support.prompts import fit_prompt, generate, memory_lines
 from support.run import check_distill
-from support.terminal import print_answer, print_bank, typed_lines, wrap_for_terminal
-from support.text import (
-    MAX_ANSWER_CHARS,
-    MAX_OUTPUT_CHARS,
-    chat_messages,
-    memory_lines,
-    normalize_whitespace,
-    sanitize_for_prompt,
-)
+from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, chat_messages, normalize_whitespace, sanitize_for_prompt
 
 
 @dataclass(frozen=True)
@@ -53,9 +42,6 @@ class Settings:
     max_prompt_tokens: int | None = 1024  # longer prompts lose their least similar memories; None: no limit
     max_new_tokens: int = 200
 
-
-TINY_CHAT_SETTINGS = Settings(memories=4, named_only=True, max_new_tokens=48)  # short conversations
-REAL_SETTINGS = Settings(memories=60, max_prompt_tokens=4096, max_new_tokens=256)  # pretrained models
 
 RULES = """You answer a question about two people from memories of their conversations. Each memory has a number and \
 the date on which it was told.
@@ -82,24 +68,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerPrompt:
-    """A question to one bank as a prompt: memory i of the prompt is shown[i - 1]."""
     prompt: list[int]
-    shown: list[Memory]
+    shown: list[Memory]  # memory i of the prompt is shown[i - 1]
     dropped: int  # retrieved memories for which the prompt had no room
 
 
 def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
     """The speakers that a question names, or all if it names none. ("Where is Jon?", ("Jon", "Gina")) -> ("Jon",)"""
-    named = tuple(name for name in speakers if re.search(rf"\b{re.escape(name)}\b", question, re.IGNORECASE))
-    return named or tuple(speakers)
+    named = [name for name in speakers if re.search(rf"\b{re.escape(name)}\b", question, re.IGNORECASE)]
+    return tuple(named or speakers)
 
 
 def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, named_only: bool = False,
              floor: float | None = None) -> list[tuple[Memory, float]]:
-    """
-    The k most similar memories of each speaker (30 in the paper) with their similarity, best first.
-    `named_only`, `floor`: see Settings.
-    """
+    """The k most similar memories of each speaker (30 in the paper) with their similarity, best first. See Settings."""
     searched = speakers_asked(question, speakers) if named_only else speakers
     found = [pair for speaker in searched for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
     return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
@@ -107,17 +89,13 @@ def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, n
 
 def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str, list[Memory]]:
     """Memories in the order of a prompt: grouped by speaker, the oldest first. Speakers without any are left out."""
-    shown = {speaker: sorted((memory for memory in memories if memory.speaker == speaker), key=lambda m: m.id)
-             for speaker in speakers}
+    ordered = sorted(memories, key=lambda memory: memory.id)
+    shown = {speaker: [memory for memory in ordered if memory.speaker == speaker] for speaker in speakers}
     return {speaker: own for speaker, own in shown.items() if own}
 
 
 def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True) -> str:
-    """
-    The user message: the question, the numbered memories of each speaker, and the question again. A causal model that
-    has seen the question reads the memories with it in mind (arXiv 2307.03172). With the question only at the end,
-    the tiny model did not learn to tell one person's memories from another's.
-    """
+    """The user message. It begins with the question, for a causal model to look for it in the memories (2307.03172)."""
     blocks, start = [], 1
     for speaker, own in shown.items():
         blocks.append(f"{sanitize_for_prompt(f'memories of {speaker}:')}\n{memory_lines(own, start)}")
@@ -127,29 +105,24 @@ def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool =
     return "\n".join([asked, *(blocks or ["memories:\nnone"]), asked, wanted])
 
 
-def messages(memories: Sequence[Memory], speakers: Sequence[str], question: str, distill: bool = True) -> list[dict]:
-    system = SYSTEM if distill else SYSTEM_PLAIN
-    return chat_messages(system, case_text(by_speaker(memories, speakers), question, distill))
-
-
 def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings):
     """The AnswerPrompt that shows these memories, given best first; the last are dropped if it gets too long."""
-    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(memories, speakers, question, settings.distill),
-                                    ranked, settings.max_prompt_tokens)
+    def messages(memories):
+        text = case_text(by_speaker(memories, speakers), question, settings.distill)
+        return chat_messages(SYSTEM if settings.distill else SYSTEM_PLAIN, text)
+
+    ids, kept, dropped = fit_prompt(policy, messages, ranked, settings.max_prompt_tokens)
     return AnswerPrompt(ids, [memory for own in by_speaker(kept, speakers).values() for memory in own], dropped)
 
 
 def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str], settings: Settings) -> AnswerPrompt:
-    """Retrieves memories for a question and shows them in a prompt (Alg. 4: M_ret = TopK(q, M))."""
+    """Retrieve memories for a question and show them in a prompt (Alg. 4: M_ret = TopK(q, M))."""
     found = retrieve(bank, question, speakers, max(1, settings.memories // 2), settings.named_only, settings.floor)
     return prompt_for(policy, [memory for memory, _ in found], question, speakers, settings)
 
 
 def parse(completion: str) -> Answer:
-    """
-    Reads both ways of selecting: 'relevant: 2, 5', or a line per memory, where 'none' means not selected. Never raises.
-    '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without a line 'answer: ...' a completion is invalid.
-    """
+    """'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Never raises."""
     text = completion[:MAX_OUTPUT_CHARS].replace("*", "")
     found = list(re.finditer(r"(?im)^[ \t]*(?:final )?answer[ \t]*:[ \t]*(.*)$", text))
     if not found:
@@ -173,10 +146,7 @@ def generate_answers(policy, prompts: Sequence[AnswerPrompt], adapter: str | Non
 
 
 def normalize(text: str) -> str:
-    """
-    The form that exact match compares (the paper does not define it): Unicode NFKC, lower case, hyphens and slashes as
-    spaces, no other punctuation, no articles, single spaces. "7 May, 2023." -> "7 may 2023"
-    """
+    """NFKC, lower case, hyphens and slashes as spaces, no punctuation, no articles. "7 May." -> "7 may" """
     text = unicodedata.normalize("NFKC", str(text)).lower()
     text = re.sub(r"[-/\u2010-\u2015\u2212]", " ", text)
     text = "".join(char for char in text if not unicodedata.category(char).startswith(("P", "S", "Cf")))
@@ -190,9 +160,9 @@ def exact_match(prediction: str, reference: str) -> float:
 
 def f1(prediction: str, reference: str) -> float:
     """Token F1 as Mem0 defines it: lower case, '.,!?' as spaces, SETS of words. ("dog dog cat", "cat") -> 2/3"""
-    words = [set(re.sub(r"[.,!?]", " ", str(text).lower()).split()) for text in (prediction, reference)]
-    common = len(words[0] & words[1])
-    return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0
+    predicted, expected = (set(re.sub(r"[.,!?]", " ", str(text).lower()).split()) for text in (prediction, reference))
+    common = len(predicted & expected)
+    return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
 def tokens(text: str) -> list[str]:
@@ -201,24 +171,16 @@ def tokens(text: str) -> list[str]:
 
 
 def bleu1(prediction: str, reference: str, tokenize=tokens) -> float:
-    """
-    BLEU-1 = min(1, e^(1 - r/c)) * matched / c, for r tokens of the reference and c of the prediction (Papineni et al.,
-    2002). Matches are clipped to the counts in the reference. No match gives 0, as in nltk's smoothing method 1.
-    """
+    """BLEU-1 = min(1, e^(1 - r/c)) * matched / c (Papineni et al., 2002), for r reference and c predicted tokens."""
     predicted, expected = tokenize(prediction), tokenize(reference)
-    matched = sum((Counter(predicted) & Counter(expected)).values())
+    matched = (Counter(predicted) & Counter(expected)).total()  # clipped to the counts in the reference
     if not matched:
-        return 0.0
-    brevity = min(1.0, math.exp(1 - len(expected) / len(predicted)))
-    return brevity * matched / len(predicted)
+        return 0.0  # as in nltk's smoothing method 1
+    return min(1.0, math.exp(1 - len(expected) / len(predicted))) * matched / len(predicted)
 
 
 def composite(prediction: str, reference: str) -> float:
-    """
-    max(0, EM + F1 - penalty) in [0, 2]; penalty = (1 - r/c)/2 if c > r, for c normalized words of the prediction and r
-    of the reference. A reward for partly right answers that discourages long ones. It is never below 0, the reward of
-    an invalid completion.
-    """
+    """max(0, EM + F1 - penalty); penalty = (1 - r/c)/2 if the prediction's c words are more than the reference's r."""
     c, r = len(normalize(prediction).split()), len(normalize(reference).split())
     penalty = (1 - r / c) / 2 if c > r else 0.0
     return max(0.0, exact_match(prediction, reference) + f1(prediction, reference) - penalty)
@@ -229,59 +191,40 @@ REWARDS = {"em": exact_match, "f1": f1, "composite": composite}
 
 def mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Number, mean EM and mean F1 of (prediction, reference) pairs."""
-    count = max(1, len(pairs))
-    return {"n": len(pairs), "em": sum(exact_match(*pair) for pair in pairs) / count,
-            "f1": sum(f1(*pair) for pair in pairs) / count}
-
-
-def answer_question(policy, bank: MemoryBank, question: str, adapter: str | None, settings: Settings) -> None:
-    """Answers a question and prints the retrieved memories, the selected ones among them, and the answer."""
-    speakers = tuple(dict.fromkeys(memory.speaker for memory in bank))
-    found = retrieve(bank, question, speakers, max(1, settings.memories // 2), settings.named_only, settings.floor)
-    prompt = prompt_for(policy, [memory for memory, _ in found], question, speakers, settings)
-    [answer] = generate_answers(policy, [prompt], adapter, settings.max_new_tokens)
-    print_answer(answer, [(memory, dict(found)[memory]) for memory in prompt.shown])
+    means = {name: sum(REWARDS[name](*pair) for pair in pairs) / max(1, len(pairs)) for name in ("em", "f1")}
+    return {"n": len(pairs), **means}
 
 
 def main(argv=None) -> None:
-    """Answers one question to a bank, or chats: the Manager reads statements, the Answer Agent answers questions."""
-    parser = Parser(description="Asks a memory bank a question. Without one: a chat, in which the Memory Manager reads "
-                    "what you say, the Answer Agent answers what ends in a question mark, and the bank is kept.",
+    parser = Parser(description="Answers a question to a memory bank, or chats: reads statements, answers questions.",
                     epilog='example: python answer.py bank.json "Which car does Jon drive?"')
-    add = parser.add_argument
-    add("bank", metavar="BANK", help="file of a bank; a chat creates it if it does not exist")
-    add("question", nargs="?", help="in quotes (default: none, a chat)")
-    add("--answer", metavar="DIR", help="an Answer Agent's run or adapter (default: none, the base model)")
-    add("--manager", metavar="DIR", help="chat: a Manager's run or adapter (default: none, the base model)")
-    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--name", default="Alex", help="chat: your name (Alex)")
+    parser.add_argument("bank", metavar="BANK", help="file of a bank; a chat creates it if it does not exist")
+    parser.add_argument("question", nargs="?", help="in quotes (none: a chat, which an empty line ends)")
+    parser.add_argument("--answer", metavar="DIR", help="an Answer Agent's run or adapter (none: the base model)")
+    parser.add_argument("--manager", metavar="DIR", help="chat: a Manager's run or adapter (none: the base model)")
+    parser.add_argument("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
+    parser.add_argument("--name", default="Alex", help="chat: your name (Alex)")
     args = parser.parse_args(argv)
-    embedder, is_kept = make_embedder("hash"), args.question or os.path.exists(args.bank)
-    bank = MemoryBank.load(args.bank, embedder) if is_kept else MemoryBank(embedder)
-    policy, settings, manager_settings = Policy.load(args.model), REAL_SETTINGS, manager.REAL_SETTINGS
-    if is_tiny(args.model):
-        settings, manager_settings = TINY_CHAT_SETTINGS, manager.Settings()
-    memory_manager = manager.Manager(policy, "manager" if args.manager else None, manager_settings)
-    adapter = "answer" if args.answer else None
-    if args.manager:
-        policy.load_adapter("manager", args.manager)
+    embedder, exists = make_embedder("hash"), os.path.exists(args.bank)
+    bank = MemoryBank.load(args.bank, embedder) if exists or args.question else MemoryBank(embedder)
+    manager = load_manager(args.model, args.manager)
     if args.answer:
         check_distill(args.answer)
-        policy.load_adapter("answer", args.answer)
-    if args.question:
-        return answer_question(policy, bank, args.question, adapter, settings)
-    print_bank(bank)
-    print(wrap_for_terminal(f'Say something ("I have a dog named Buddy."), or ask by name ("Which dogs does {args.name}'
-                            ' have?"). An empty line shows the bank, Ctrl-D ends.'))
-    today = f"{date.today():%d %B %Y}".lstrip("0")
-    for number, line in enumerate(typed_lines(f"{args.name}> "), 1):
-        if line.endswith("?"):
-            answer_question(policy, bank, line, adapter, settings)
-        elif line:
-            manager.read_turn(memory_manager, bank, Turn(str(number), 1, args.name, line, today))
-            bank.save(args.bank)
-        else:
-            print_bank(bank)
+        manager.policy.load_adapter("answer", args.answer)
+    settings = Settings(4, named_only=True) if is_tiny(args.model) else Settings(60, max_prompt_tokens=4096)
+    lines = [args.question] if args.question else iter(lambda: input(f"{args.name}> ").strip(), "")
+    with suppress(EOFError):  # Ctrl-D ends a chat, as an empty line does
+        for line in lines:
+            if args.question or line.endswith("?"):
+                speakers = list(dict.fromkeys(memory.speaker for memory in bank))
+                prompt = build_prompt(manager.policy, bank, line, speakers, settings)
+                [answer] = generate_answers(manager.policy, [prompt], args.answer and "answer", settings.max_new_tokens)
+                for i, memory in enumerate(prompt.shown, 1):
+                    print_safely(f"    {'*' if i in answer.selected else ' '} {memory_lines([memory], i)}")
+                print_safely(f"    answer: {answer.text or '(the output could not be read)'}")
+            else:
+                read_turn(manager, bank, Turn("", 1, args.name, line, f"{date.today():%d %B %Y}".lstrip("0")))
+                bank.save(args.bank)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
 from support.cli import Parser, exit_cleanly, seed_everything
-from support.endpoint import CachedEndpoint, Endpoint, EndpointPolicy
+from support.endpoint import Endpoint
 from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
 from support.judge import gold_of, make_judge
 from support.plots import plot_evaluation
@@ -151,14 +151,13 @@ class Evaluator:
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
         options = {"device": args.device, "dtype": args.dtype}
-        self.judge = make_judge(args.judge, policy, Policy.load, **options) if args.judge else None
+        self.judge = make_judge(args.judge, policy, **options) if args.judge else None
         self.facts: dict[str, dict] = {}  # by the name of the model that extracted them
         self.models = {}  # agent -> (policy, adapter, checksum); without adapter it is the base model
         for agent in dict.fromkeys(agent for system in systems for agent in (system.source, system.answer)):
             self.models[agent] = policy, None, ""
             if agent == "endpoint":
-                endpoint = Endpoint.from_environment("MANAGER")
-                hosted = EndpointPolicy(CachedEndpoint(endpoint, "~/.cache/memory-r1/manager.jsonl"))
+                hosted = Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/manager.jsonl")
                 self.models[agent] = hosted, None, hosted.name
             elif agent not in (*BASELINES, "base"):
                 if agent not in policy.adapters:  # `find_runs` has loaded some

@@ -6,8 +6,7 @@ of the speaker, and edits the memory bank with ADD, UPDATE, DELETE or NOOP. A pr
     1 (8 May 2023) Jon has a dog named Buddy.
     new facts from Jon (3 June 2023):
     - I adopted another dog, Scout.
-    operations:
-                     [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
+    operations:      [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
 
 Differences from the paper:
 1. A completion contains operations for the new facts only. The paper's prompt asks for a list of all memories again.
@@ -15,7 +14,6 @@ Differences from the paper:
 3. A completion that cannot be applied completely is counted as invalid and changes nothing, like NOOP.
 """
 import json
-import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,15 +27,13 @@ from data import TINY, Dialogue, Operation, Turn, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support.cli import Parser, exit_cleanly
-from support.completions import fit_prompt, generate, json_values, trigram_similarity
-from support.terminal import print_bank, print_edits, print_turns
-from support.text import chat_messages, date_suffix, memory_lines, normalize_whitespace, sanitize_for_prompt
+from support.prompts import date_suffix, fit_prompt, generate, memory_lines
+from support.text import chat_messages, json_values, normalize_whitespace, sanitize_for_prompt, trigram_similarity
 
-EVENTS = ("ADD", "UPDATE", "DELETE", "NOOP")
+EVENTS = {"ADD": "+", "UPDATE": "~", "DELETE": "-", "NOOP": "."}  # with the sign that a demo prints
 MAX_TEXT_CHARS = 500  # longer memories and facts are cut
 MAX_OPERATIONS = 32  # per completion; also the most facts of one turn
 MIN_QUOTE_SIMILARITY = 0.6  # an "old_memory" names the most similar memory, if it is at least this similar
-Facts = dict[tuple[str, str], tuple[str, ...]]  # {(dialogue id, turn id): facts}
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,6 @@ class Settings:
     max_prompt_tokens: int | None = 1024  # longer prompts lose their least similar memories; None: no limit
     max_new_tokens: int = 80  # length limit of a list of operations and of a list of facts
 
-
-REAL_SETTINGS = Settings(top_k=10, extract=True, max_prompt_tokens=4096, max_new_tokens=512)  # pretrained models
 
 SYSTEM = """You are the memory manager of an assistant. You keep a small, correct memory bank about a person. \
 You are given memories that are already stored, each with its number and date, and new facts that the person has just \
@@ -119,20 +113,18 @@ def messages(case: Case) -> list[dict]:
     return chat_messages(SYSTEM, case_text(case.speaker, case.time, case.shown(), case.facts))
 
 
-def fit_case(policy, case: Case, max_prompt_tokens: int | None) -> tuple[list[int], Case, int]:
+def fit_case(policy, case: Case, max_tokens: int | None) -> tuple[list[int], Case, int]:
     """A case as a prompt: (token ids, the case with the memories that the prompt shows, number of memories dropped)."""
-    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=tuple(memories))),
-                                    case.memories, max_prompt_tokens)
-    return ids, replace(case, memories=tuple(kept)), dropped
+    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=memories)),
+                                    case.memories, max_tokens)
+    return ids, replace(case, memories=kept), dropped
 
 
 def find_memory(operation: dict, shown: list[Memory]) -> Memory | None:
     """The memory that an operation names: by its number in the prompt, else the one most similar to "old_memory"."""
-    number, quote = operation.get("id"), operation.get("old_memory")
-    if isinstance(number, str) and number.strip().isdecimal() and len(number) < 6:
-        number = int(number)
-    if type(number) is int and 1 <= number <= len(shown):  # `type`: True is not a number
-        return shown[number - 1]
+    number, quote = str(operation.get("id")), operation.get("old_memory")
+    if len(number) < 6 and number.strip().isdecimal() and 1 <= int(number) <= len(shown):
+        return shown[int(number) - 1]
     if not isinstance(quote, str) or not quote.strip() or not shown:
         return None
     quote = sanitize_for_prompt(quote[:2 * MAX_TEXT_CHARS])
@@ -148,29 +140,25 @@ def parse_edit(operation, shown: list[Memory]) -> Edit | None:
     text = normalize_whitespace(text)[:MAX_TEXT_CHARS].strip() if isinstance(text, str) else ""
     if event in ("NOOP", "NONE"):  # NONE: the paper's prompt
         return Edit("NOOP")
-    if event == "ADD":
-        return Edit("ADD", None, text) if text else None
+    if event == "ADD" and text:
+        return Edit("ADD", None, text)
     memory = find_memory(operation, shown)
-    if memory is None or event not in EVENTS or (event == "UPDATE" and not text):
-        return None
-    return Edit(event, memory.id, text if event == "UPDATE" else "")
+    if event == "UPDATE" and memory and text:
+        return Edit("UPDATE", memory.id, text)
+    return Edit(event, memory.id) if event == "DELETE" and memory else None
 
 
 def parse(completion: str, case: Case) -> list[Edit] | None:
-    """
-    The edits of a completion, NOOPs included, or None if any of them cannot be applied. Never raises.
-    '[{"event": "DELETE", "id": 1}]' -> [Edit("DELETE", case.shown()[0].id)]
-    """
-    lists = []
+    """The edits of a completion, or None if any cannot be applied. '[{"event": "NOOP"}]' -> [Edit("NOOP")]"""
+    operations = None  # until the first list of operations
     for value in json_values(completion):
         if value is None:
             return None
         if isinstance(value, dict):  # the paper's {"memory": [...]}, or a single operation
             value = value["memory"] if isinstance(value.get("memory"), list) else [value]
         if not value or any(isinstance(item, dict) and "event" in item for item in value):  # "[1]" is a reference
-            lists.append(value)
-    operations = [operation for operations in lists for operation in operations]
-    if not lists or len(operations) > MAX_OPERATIONS:
+            operations = (operations or []) + value
+    if operations is None or len(operations) > MAX_OPERATIONS:
         return None
     edits = [parse_edit(operation, case.shown()) for operation in operations]
     changed = [edit.id for edit in edits if edit and edit.id is not None]
@@ -180,24 +168,21 @@ def parse(completion: str, case: Case) -> list[Edit] | None:
 
 
 def format_edits(edits: Sequence[Edit], case: Case, by_text: bool = False) -> str:
-    """
-    Edits as a completion, the inverse of `parse`. `by_text`: in the format of the tiny model, which quotes old memories
-    and begins every text with a space, so that a word always consists of the same tokens.
-    """
-    numbered, operations = {memory.id: (i, memory.text) for i, memory in enumerate(case.shown(), 1)}, []
-    for edit in edits:
-        operation = {"event": edit.event}
+    """Edits as a completion, the inverse of `parse`. `by_text`: for the tiny model, which quotes old memories."""
+    shown = {memory.id: (i, memory.text) for i, memory in enumerate(case.shown(), 1)}
+    space = " " if by_text else ""  # for the tiny model: after a space, a word always consists of the same tokens
+    operations = [{"event": edit.event} for edit in edits]
+    for edit, operation in zip(edits, operations, strict=True):
         if edit.event in ("UPDATE", "DELETE"):
-            number, old_memory = numbered[edit.id]
-            operation |= {"old_memory": f" {old_memory}"} if by_text else {"id": number}
+            number, text = shown[edit.id]
+            operation |= {"old_memory": space + text} if by_text else {"id": number}
         if edit.event in ("ADD", "UPDATE"):
-            operation["text"] = f" {edit.text}" if by_text else edit.text
-        operations.append(operation)
+            operation["text"] = space + edit.text
     return json.dumps(operations, ensure_ascii=False, separators=(",", ":") if by_text else None)
 
 
 def apply_edits(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str) -> list[int]:
-    """Applies edits to a bank. Returns the ids of the memories that were written."""
+    """Apply edits to a bank; return the ids of the memories that were written."""
     written = []
     for edit in edits:
         if edit.event == "ADD":
@@ -236,7 +221,7 @@ class Manager:
     policy: Policy  # or a hosted model with the same methods: support.endpoint.EndpointPolicy
     adapter: str | None = None  # None: the base model, LoRA off
     settings: Settings = Settings()
-    facts: Facts = field(default_factory=dict)  # cache, filled by read_facts
+    facts: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # {(dialogue id, turn id): facts}
 
     def extract(self, turns: Sequence[Turn]) -> list[tuple[str, ...]]:
         """The facts of each turn (LLMExtract in Alg. 3), in one batch of the base model; see Settings.extract."""
@@ -247,16 +232,13 @@ class Manager:
         return [tuple(parse_facts(text)) for text in generate(self.policy, None, prompts, self.settings.max_new_tokens)]
 
     def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
-        """Extracts the facts that the cache lacks. They depend on no bank, so all turns form one batch."""
+        """Extract the facts that the cache lacks. They depend on no bank, so all turns form one batch."""
         missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
-        """
-        Greedy edits for a batch of cases: (edits, or None if invalid; number of memories that the prompt dropped).
-        A case without facts is NOOP and not sent to the model.
-        """
+        """Greedy (edits or None if invalid, number of memories dropped) for each case; NOOP for one without facts."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
         edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
@@ -275,17 +257,6 @@ class BankBuild:
     dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
 
-    def apply(self, turn: Turn, edits: list[Edit] | None) -> None:
-        """Applies and records the edits of a turn; None, an invalid completion, changes nothing."""
-        if turn.operation:
-            named = [Operation(edit.event, self.bank[edit.id].text if edit.id is not None else "", edit.text)
-                     for edit in edits or []]
-            self.num_labeled += 1
-            self.num_matching += named == [turn.operation]
-        self.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
-        for id in apply_edits(self.bank, edits or [], turn.speaker, turn.time):
-            self.sources.setdefault(id, set()).add(turn.id)
-
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
     """Mean bank size, operations, fraction of invalid completions, agreement with the reference (None without one)."""
@@ -296,7 +267,7 @@ def bank_report(builds: Sequence[BankBuild]) -> dict:
 
 
 def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable, keep_history=False, progress=""):
-    """One BankBuild per dialogue; decide([(build, dialogue, turn), ...]) gives the edits for turn i of all of them."""
+    """decide([(build, dialogue, turn), ...]) gives the edits for turn i of all dialogues; None changes nothing."""
     builds = [BankBuild(MemoryBank(embedder)) for _ in dialogues]
     columns = list(zip_longest(*(dialogue.turns for dialogue in dialogues)))  # turn i of each, None after its last
     for turns in tqdm(columns, desc=progress, disable=None if progress else True, leave=False):
@@ -304,15 +275,19 @@ def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable,
         for (build, _, turn), edits in zip(batch, decide(batch), strict=True):
             if keep_history:
                 build.history.append(tuple(build.bank))
-            build.apply(turn, edits)
+            if turn.operation:
+                named = [Operation(edit.event, "" if edit.id is None else build.bank[edit.id].text, edit.text)
+                         for edit in edits or []]
+                build.num_labeled += 1
+                build.num_matching += named == [turn.operation]
+            build.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
+            for id in apply_edits(build.bank, edits or [], turn.speaker, turn.time):
+                build.sources.setdefault(id, set()).add(turn.id)
     return builds
 
 
 def build_banks(manager: Manager, dialogues, embedder, keep_history=False, progress="") -> list[BankBuild]:
-    """
-    The Manager's banks of several dialogues. Alg. 3 for one of them: M = {}; for each turn t: f = LLMExtract(t),
-    M_old = TopK(f, M), o = Manager(f, M_old), and M is edited by o.
-    """
+    """Alg. 3 for each dialogue: M = {}; for each turn t: f = LLMExtract(t), o = Manager(f, TopK(f, M)), M = o(M)."""
     def decide(batch):
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
@@ -330,7 +305,6 @@ def build_banks(manager: Manager, dialogues, embedder, keep_history=False, progr
 def oracle_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
     """The reference operation of a synthetic turn on this bank; NOOP if the bank lacks the entry that it names."""
     operation = turn.operation
-    assert operation, f"turn {turn.id} has no reference operation: only synthetic data has them"
     if operation.event in ("ADD", "NOOP"):
         return [Edit(operation.event, None, operation.text)]
     ids = [memory.id for memory in bank if (memory.speaker, memory.text) == (turn.speaker, operation.old_memory)]
@@ -343,16 +317,13 @@ def oracle_banks(dialogues: Sequence[Dialogue], embedder, keep_history: bool = F
                              decide=lambda batch: [oracle_edits(build.bank, turn) for build, _, turn in batch])
 
 
-def add_all_edits(turn: Turn, facts: Sequence[str]) -> list[Edit]:
-    """ADD for everything: the fact of a synthetic turn, otherwise the extracted facts."""
-    return [Edit("ADD", None, fact[:MAX_TEXT_CHARS]) for fact in ([turn.fact] if turn.fact else facts)]
-
-
-def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: Facts | None = None) -> list[BankBuild]:
-    """Baseline: banks that store everything. `facts`: of a Manager; a turn that is not among them is stored as text."""
-    known = facts or {}
-    return build_in_lockstep(dialogues, embedder, lambda batch: [
-        add_all_edits(turn, known.get((dialogue.id, turn.id), (turn.text,))) for _, dialogue, turn in batch])
+def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = None) -> list[BankBuild]:
+    """Baseline: banks that store all: the fact of a synthetic turn, else the `facts` of a Manager, else the text."""
+    def decide(batch):
+        stored = [[turn.fact] if turn.fact else (facts or {}).get((dialogue.id, turn.id), [turn.text])
+                  for _, dialogue, turn in batch]
+        return [[Edit("ADD", None, text[:MAX_TEXT_CHARS]) for text in texts] for texts in stored]
+    return build_in_lockstep(dialogues, embedder, decide)
 
 
 def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
@@ -360,40 +331,47 @@ def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
     return build_in_lockstep(dialogues, embedder, lambda batch: [[Edit("NOOP")] for _ in batch])
 
 
+def print_safely(text: str) -> None:
+    """Print a text without the control characters that a model or a file may have put into it."""
+    print("".join(char if char.isprintable() else "?" for char in text))
+
+
+def load_manager(model: str, adapter: str | None) -> Manager:
+    policy = Policy.load(model)
+    if adapter:
+        policy.load_adapter("manager", adapter)
+    real = Settings(top_k=10, extract=True, max_prompt_tokens=4096, max_new_tokens=512)
+    return Manager(policy, adapter and "manager", Settings() if is_tiny(model) else real)
+
+
 def read_turn(manager: Manager, bank: MemoryBank, turn: Turn) -> None:
-    """Lets the Manager read one turn of a conversation: prints its edits, then applies them to the bank."""
+    """Let the Manager read a turn: print its edits and apply them to the bank."""
     case = make_case(bank, turn, manager.extract([turn])[0], manager.settings.top_k)
     [(edits, _)] = manager.predict_edits([case])
-    print_edits(edits, bank)
-    apply_edits(bank, edits or [], turn.speaker, turn.time)
+    if edits is None:
+        return print("    ! the output cannot be carried out: nothing changes")
+    for edit in edits:
+        texts = [edit.text] if edit.id is None else [bank[edit.id].text, edit.text]
+        print_safely(f"    {EVENTS[edit.event]} {edit.event:6}  {' -> '.join(filter(None, texts))}".rstrip())
+    apply_edits(bank, edits, turn.speaker, turn.time)
 
 
 def main(argv=None) -> None:
-    """Reads a dialogue and prints the Manager's edits, turn by turn."""
-    parser = Parser(description="Reads a conversation turn by turn and shows what the Memory Manager does.",
+    parser = Parser(description="Reads a conversation turn by turn and prints the Memory Manager's edits.",
                     epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out bank.json")
-    add = parser.add_argument
-    add("file", nargs="?", metavar="FILE", help="a transcript, see data/transcript.py (default: a synthetic dialogue)")
-    add("--adapter", metavar="DIR", help="a Manager's run or adapter (default: none, the base model)")
-    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--out", metavar="BANK", help="save the bank to this file, for answer.py")
+    parser.add_argument("file", nargs="?", default="synthetic", help="see data/transcript.py (a synthetic dialogue)")
+    parser.add_argument("--adapter", metavar="DIR", help="a Manager's run or adapter (none: the base model)")
+    parser.add_argument("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
+    parser.add_argument("--out", metavar="BANK", help="save the bank to this file, for answer.py")
     args = parser.parse_args(argv)
     if args.out and Path(args.out).exists():
         raise UsageError(f"--out {args.out}: already exists; choose another name, or delete it")
-    dialogue = data.load(args.file or "synthetic", "test", **({} if args.file else {"count": 1, "seed": 1}))[0]
-    bank = MemoryBank(make_embedder("hash"))
-    manager = Manager(Policy.load(args.model), settings=Settings() if is_tiny(args.model) else REAL_SETTINGS)
-    if args.adapter:
-        manager.adapter = "manager"
-        manager.policy.load_adapter("manager", args.adapter)
-    for turn in print_turns(dialogue.turns):
+    manager, bank = load_manager(args.model, args.adapter), MemoryBank(make_embedder("hash"))
+    for turn in data.load(args.file, "test")[0].turns:
+        print_safely(f"{turn.speaker}{date_suffix(turn.time)}: {turn.text}")
         read_turn(manager, bank, turn)
         if args.out:
             bank.save(args.out)
-    print()
-    print_bank(bank)
-    if args.out:
-        print(f"\nto ask it: python answer.py {shlex.quote(args.out)} 'Which ...?'")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """
-Train the Answer Agent (Memory-R1, arXiv 2508.19828, Alg. 4 and sec. 3.2). Its prompt shows the memories retrieved for
-a question, most of them irrelevant. In one generation it writes down the relevant ones (memory distillation) and the
-answer.
+Train the Answer Agent (Memory-R1, arXiv 2508.19828, Alg. 4 and sec. 3.2). Of the memories retrieved for a question,
+most are irrelevant. In one generation it names the relevant ones (memory distillation) and answers.
 
     python train_answer.py --algo grpo --manager-adapter runs/manager-grpo     # banks built by that Manager
     python train_answer.py --algo grpo                                         # banks built by the base model
@@ -16,7 +15,6 @@ One episode is one question to the finished bank of a dialogue:
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -28,11 +26,11 @@ import ppo
 from data import Dialogue, Question, UsageError
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from support.cli import RewardFlags, exit_cleanly, flag, from_args, parse_training_flags, seed_everything
-from support.distributed import RESUME_HINT, distributed_main, is_rank0, rank0_result
+from support import cli
+from support.cli import flag, from_args
+from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.judge import make_scorer
 from support.loop import epoch_indices, run_training
-from support.plots import plot_run
 from support.run import check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo}
@@ -48,13 +46,6 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
     "max_new_tokens": 200,  # a verdict on each memory, then the answer
     "eval": 8,  # about 400 questions
 }
-REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
-    "extract": True,  # a real turn holds several facts and small talk
-    "top_k": 10,  # several facts have more related memories than one
-    "memories": 60,  # as in the paper: 30 of each speaker
-    "loss_mean": "completion",  # as in the paper
-    "eval": 1,  # one LoCoMo dialogue has more than 100 questions
-}
 REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 256,  # the numbers of the relevant memories, then the answer
@@ -65,12 +56,9 @@ REAL_MODEL = {  # defaults of flags where they differ from those of the tiny mod
 
 @dataclass(frozen=True)
 class EpisodeFlags:
-    manager_adapter: str | None = flag(None, "run or adapter of the frozen Manager that builds the banks (none: the "
-                                       "base model)", metavar="DIR")
+    manager_adapter: str | None = flag(None, "run or adapter of the frozen Manager (none: base model)", metavar="DIR")
     max_operation_tokens: int = flag(80, "longest output of the Manager in tokens", least=1)
     distill: bool = flag(True, "select the relevant memories before answering")
-    grow: int = flag(0, "show four memories at first, and all --memories from this step on; 0: all from the start",
-                     least=0, metavar="STEP")
 
 
 @dataclass(frozen=True)
@@ -92,14 +80,15 @@ class Episode(answer.AnswerPrompt):
         return {i for i, memory in enumerate(self.shown, 1) if turns & self.item.sources[memory.id]}
 
 
-def selection(episodes: Sequence[Episode], answers: Sequence[answer.Answer]) -> dict[str, float | None]:
-    """Mean numbers of memories shown and selected, and the fraction of selected memories that are evidence."""
+def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]) -> dict[str, float | None]:
+    """Mean numbers of shown and selected memories; fractions of the selected that are evidence, of invalid outputs."""
     selected = [{i for i in given.selected if 1 <= i <= len(episode.shown)}
                 for episode, given in zip(episodes, answers, strict=True)]
-    num_selected = sum(map(len, selected))
+    num_selected, count = sum(map(len, selected)), len(answers)
     num_evidence = sum(len(own & episode.evidence()) for own, episode in zip(selected, episodes, strict=True))
-    return {"shown": sum(len(episode.shown) for episode in episodes) / len(episodes),
-            "selected": num_selected / len(episodes), "evidence": num_evidence / num_selected if num_selected else None}
+    return {"shown": sum(len(episode.shown) for episode in episodes) / count, "selected": num_selected / count,
+            "evidence": num_evidence / num_selected if num_selected else None,
+            "invalid_rate": sum(not given.is_valid for given in answers) / count}
 
 
 class AnswerTask:
@@ -108,26 +97,19 @@ class AnswerTask:
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args, self.settings = policy, args, from_args(answer.Settings, args)
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy,
-                                 load_policy=partial(Policy.load, device=args.device, dtype=args.dtype))
-        if args.data == "synthetic":
-            train = data.load("synthetic", "train", count=NUM_DIALOGUES, seed=args.seed, num_turns=NUM_TURNS)
-            held_out = data.load("synthetic", "test", count=args.eval, seed=1, num_turns=NUM_TURNS)
-        else:
-            train = data.load(args.data, "train")
-            held_out = data.load(args.data, "val")[:args.eval] if args.eval else []
-        self.questions, _ = self.build(train, "train")
-        self.held_out, builds = self.build(held_out, "held out")
+        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
+        sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
+        self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
+        self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")
         self.bank_report = manager.bank_report(builds) if builds else {}
         if not self.questions:
             raise UsageError(f"--data {args.data}: there is no question to train on")
 
     def build(self, dialogues: list[Dialogue], name: str) -> tuple[list[BankQuestion], list[manager.BankBuild]]:
         """The frozen Manager's banks, and all questions that are asked at the end of the dialogues."""
-        args, adapter = self.args, "manager" if self.args.manager_adapter else None
-        settings = replace(from_args(manager.Settings, args), max_new_tokens=args.max_operation_tokens)
-        builds = manager.build_banks(manager.Manager(self.policy, adapter, settings), dialogues,
-                                     make_embedder(args.embedder, str(self.policy.device)),
+        settings = from_args(manager.Settings, self.args, max_new_tokens=self.args.max_operation_tokens)
+        agent = manager.Manager(self.policy, "manager" if self.args.manager_adapter else None, settings)
+        builds = manager.build_banks(agent, dialogues, make_embedder(self.args.embedder, str(self.policy.device)),
                                      progress=f"{name}: reading {len(dialogues)} dialogues")
         return [BankQuestion(question, build.bank, dialogue.speakers, build.sources)
                 for build, dialogue in zip(builds, dialogues, strict=True)
@@ -139,28 +121,25 @@ class AnswerTask:
         return [self.make_episode(self.questions[i], self.num_memories(step)) for i in indices]
 
     def num_memories(self, step: int) -> int:
-        """The number of memories to show: it grows from 4 to `--memories` in the first `--grow` steps."""
-        progress = min(1.0, step / self.args.grow) if self.args.grow else 1.0
-        return round(4 + progress * (self.args.memories - 4)) if self.args.memories > 4 else self.args.memories
+        """The number of memories to show in a training step. A curriculum would start with few."""
+        return self.args.memories
 
     def make_episode(self, item: BankQuestion, memories: int) -> Episode:
-        made = answer.build_prompt(self.policy, item.bank, item.question.text, item.speakers,
-                                   replace(self.settings, memories=memories))
-        return Episode(**vars(made), item=item)
+        settings = replace(self.settings, memories=memories)
+        prompt = answer.build_prompt(self.policy, item.bank, item.question.text, item.speakers, settings)
+        return Episode(**vars(prompt), item=item)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
         """Rewards (P, G): the scores of the answers, 0 without one; metrics of the step; readable samples."""
-        outputs = [(episode, answer.parse(completion.text))
-                   for episode, group in zip(episodes, groups, strict=True) for completion in group]
+        repeated = [episode for episode, group in zip(episodes, groups, strict=True) for _ in group]
+        answers = [answer.parse(completion.text) for group in groups for completion in group]
         scores = self.score([(episode.item.question.text, given.text, episode.item.question.answer)
-                             for episode, given in outputs])
+                             for episode, given in zip(repeated, answers, strict=True)])
         rewards = torch.tensor(scores).reshape(len(groups), -1)
-        metrics = {"invalid_rate": sum(not given.is_valid for _, given in outputs) / len(outputs),
-                   "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
-                   **selection(*zip(*outputs, strict=True))}
-        samples = [self.sample(episode, group[0].text, group_rewards[0].item())
-                   for episode, group, group_rewards in zip(episodes[:4], groups, rewards, strict=False)]
-        return rewards, metrics, samples
+        metrics = {"dropped": sum(episode.dropped for episode in episodes) / len(episodes),
+                   **output_metrics(repeated, answers)}
+        return rewards, metrics, [self.sample(episode, group[0].text, own[0].item())
+                                  for episode, group, own in zip(episodes[:4], groups, rewards, strict=False)]
 
     def sample(self, episode: Episode, completion: str, reward: float) -> dict:
         """A readable record of an output, for samples.jsonl."""
@@ -179,30 +158,27 @@ class AnswerTask:
                                           self.settings.max_new_tokens)
         pairs = [(given.text, item.question.answer) for given, item in zip(answers, self.held_out, strict=True)]
         return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.bank_report,
-                 "invalid_rate": sum(not given.is_valid for given in answers) / len(answers),
-                 **selection(episodes, answers)}]
+                 **output_metrics(episodes, answers)}]
 
 
 def arguments(argv=None) -> argparse.Namespace:
     """The settings of a run, from the command line and the presets above."""
-    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags, "reward": RewardFlags}
+    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags, "reward": cli.RewardFlags}
               for algo, algorithm in ALGORITHMS.items()}
-    presets = {"agent": SYNTHETIC, "data": REAL_DATA, "model": REAL_MODEL}
-    return parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
+    presets = {"agent": SYNTHETIC, "data": cli.REAL_DATA, "model": REAL_MODEL}
+    return cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
 
 
 def main(argv=None) -> None:
     args = arguments(argv)
     rank0_result(check_out, args)
-    seed_everything(args.seed)
+    cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.manager_adapter:
         policy.load_adapter("manager", args.manager_adapter)
     policy.add_adapter("answer", args.rank, args.alpha)
     run_training(ALGORITHMS[args.algo], policy, AnswerTask(policy, args), args)
-    if is_rank0():
-        plot_run(args.out)
 
 
 if __name__ == "__main__":
-    exit_cleanly(distributed_main(main), resume_hint=RESUME_HINT)
+    cli.exit_cleanly(distributed_main(main), resume_hint=RESUME_HINT)

@@ -1,11 +1,8 @@
 """
-The command line of the scripts: flags generated from dataclasses, one-line errors, exit codes.
-
-A dataclass field made by `flag` is both a setting and a command-line flag, so a default stands in one place:
+The command line of the scripts: flags, one-line errors, exit codes. A dataclass field made by `flag` is both a setting
+and a flag. Defaults that differ by algorithm, data or model are presets: dicts at the top of each training script.
 
     steps: int = flag(90, "training steps", least=1)       # --steps N   training steps (90)
-
-Defaults that differ by algorithm, data or model are presets: dicts at the top of each training script.
 """
 import argparse
 import difflib
@@ -22,16 +19,21 @@ from typing import get_args
 import torch
 import transformers
 
+import data
 from data import TINY, UsageError, is_tiny
 
 BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
+REAL_DATA = {  # defaults of flags for real data, where they differ from those of synthetic data
+    "extract": True,  # a real turn holds several facts and small talk
+    "top_k": 10,  # several facts have more related memories than one
+    "memories": 60,  # as in the paper: 30 of each speaker
+    "loss_mean": "completion",  # as in the paper
+    "eval": 1,  # one LoCoMo dialogue has more than 100 questions
+}
 
 
 def flag(default, help: str, **options):
-    """
-    A dataclass field for `add_flags`. `options`: bounds of a number (least=1, most=1, above=0) and options of argparse.
-    In --help the default follows in brackets, unless the text ends with brackets of its own.
-    """
+    """A dataclass field for `add_flags`. `options`: bounds (least=1, most=1, above=0) and options of add_argument."""
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -39,14 +41,12 @@ def flag(default, help: str, **options):
 class RunFlags:
     algo: str = flag("grpo", "training algorithm; sft trains the Manager only", choices=("grpo", "ppo", "sft"))
     model: str = flag(str(TINY), "hub id or folder of a causal language model (data/tiny)")
-    data: str = flag("synthetic", "synthetic, locomo, a file in LoCoMo's format, or a transcript of your own with "
-                     "questions; data/transcript.py has the format")
+    data: str = flag("synthetic", "synthetic, locomo, a file in LoCoMo's format, or a transcript with questions")
     out: str | None = flag(None, "folder of the run", metavar="DIR")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint", action="store_true")
     overwrite: bool = flag(False, "replace the run in --out", action="store_true")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    dtype: str | None = flag(None, "type of the base model's weights (GPU: bfloat16, CPU: float32)",
-                             choices=("float32", "bfloat16"))
+    dtype: str | None = flag(None, "base weights (GPU: bfloat16, CPU: float32)", choices=("float32", "bfloat16"))
     eval: int = flag(32, "number of held-out conversations, 0 for no evaluation", least=0)
 
 
@@ -61,8 +61,7 @@ class RewardFlags:
 class ModelFlags:
     rank: int = flag(16, "rank of LoRA", least=1)
     alpha: float = flag(32.0, "scale of LoRA: updates are multiplied by alpha / rank")
-    gradient_checkpointing: bool = flag(False, "use less memory and a third more time; for large models",
-                                        action="store_true")
+    gradient_checkpointing: bool = flag(False, "for large models: less memory, a third more time", action="store_true")
     max_prompt_tokens: int = flag(1024, "longer prompts drop their least similar memories", least=16)
     embedder: str = flag("hash", "hash, hub id or folder of an encoder, or hash+ENCODER")
     extract: bool = flag(False, "let the base model list the facts of each turn; if not, the turn is its only fact")
@@ -84,10 +83,10 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line that suggests the flag or choice that was probably meant."""
+    by_algorithm: dict = {}  # the parsers of all --algo, to say which one has a flag
 
     def __init__(self, **options):
         super().__init__(formatter_class=partial(Help, max_help_position=30), **options)
-        self.by_algorithm: dict[str, Parser] = {}  # the parsers of all --algo, to say which one has a flag
 
     def parse_args(self, args=None, namespace=None):
         """Parse, and refuse numbers that are not finite or exceed the bounds of their flag."""
@@ -112,15 +111,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; {hint}python {self.prog} --help lists all\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, dataclass_type: type, title: str | None = None, presets=None) -> None:
+def add_flags(parser: Parser, title: str, dataclass_type: type, presets: dict) -> None:
     """Add a flag for every field, under a title in the help. `presets` ({name: default}) replace defaults."""
-    group = parser.add_argument_group(title) if title else parser
+    group = parser.add_argument_group(title)
     for one in fields(dataclass_type):
-        default, options = (presets or {}).get(one.name, one.default), dict(one.metadata)
+        default, options = presets.get(one.name, one.default), dict(one.metadata)
         bounds = {kind: options.pop(kind) for kind in BOUNDS if kind in options}
-        shown = {"True": "yes", "False": "no"}.get(str(default), default)
         if default is not None and "action" not in options and not options["help"].endswith(")"):
-            options["help"] += f" ({shown})"
+            options["help"] += f" ({ {'True': 'yes', 'False': 'no'}.get(str(default), default)})"
         type_ = (get_args(one.type) or [one.type])[0]  # int | None -> int
         options = ({"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}) | options
         action = group.add_argument(f"--{one.name.replace('_', '-')}", **options)
@@ -129,15 +127,14 @@ def add_flags(parser: argparse.ArgumentParser, dataclass_type: type, title: str 
 
 def parse_training_flags(agent: str, description: str, groups: dict, presets: dict, argv=None) -> argparse.Namespace:
     """
-    Parse the flags of a training script: RunFlags, ModelFlags and groups[algo] = {title: dataclass}. --algo, --data and
-    --model are parsed first, since defaults depend on them. `presets`: {name: default, or {algo: default}} of the
-    "agent", of real "data", and of every "model" but the tiny one.
+    Parse RunFlags, ModelFlags and groups[algo] = {title: dataclass}. Defaults depend on --algo, --data and --model:
+    `presets` are {name: default or {algo: default}} of the "agent", of real "data", of a "model" that is not tiny.
     """
     first = Parser(add_help=False)
-    add_flags(first, RunFlags)
+    add_flags(first, "run", RunFlags, {})
     chosen, _ = first.parse_known_args(argv)
     if chosen.algo not in groups:
-        raise UsageError(f"--algo {chosen.algo} clones a Manager, as in the paper: give it to train_manager.py")
+        raise UsageError(f"--algo {chosen.algo} clones a Manager: give it to train_manager.py")
     defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}),
                 **(presets["data"] if chosen.data != "synthetic" else {}),
                 **(presets["model"] if not is_tiny(chosen.model) else {})}
@@ -146,18 +143,25 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
     parsers = {algo: Parser(description=description, usage="python %(prog)s [flags]") for algo in groups}
     for algo, parser in parsers.items():
         for title, dataclass_type in {"run": RunFlags, **groups[algo], "model and memory": ModelFlags}.items():
-            add_flags(parser, dataclass_type, title, defaults)
+            add_flags(parser, title, dataclass_type, defaults)
     parsers[chosen.algo].by_algorithm = parsers
     return parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
 
 
-def from_args(dataclass_type: type, args: argparse.Namespace):
-    """The dataclass with the values of the flags that have the names of its fields."""
-    return dataclass_type(**{one.name: getattr(args, one.name) for one in fields(dataclass_type)})
+def from_args(dataclass_type: type, args: argparse.Namespace, **others):
+    """The dataclass with the values of the flags that have the names of its fields, and `others`."""
+    names = {one.name for one in fields(dataclass_type)}
+    return dataclass_type(**{name: value for name, value in vars(args).items() if name in names} | others)
+
+
+def held_out_dialogues(args: argparse.Namespace, **options) -> list[data.Dialogue]:
+    """The first `--eval` dialogues that are not for training. `options` of synthetic data: see data/synthetic.py."""
+    if args.data == "synthetic":
+        return data.load("synthetic", "test", count=args.eval, seed=1, **options)
+    return data.load(args.data, "val")[:args.eval] if args.eval else []
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch, CUDA's included."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     transformers.set_seed(seed)
@@ -172,16 +176,15 @@ def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-
     name, command = Path(sys.argv[0]).name, [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     resume_hint = resume_hint or f"to continue: {shlex.join(['python', *command, '--resume'])}"
     try:
-        main()
+        return main()
     except UsageError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code, line = 2, f"{name}: error: {error}"
     except torch.OutOfMemoryError as error:
-        print(f"{name}: error: {str(error).split('. GPU')[0]}: lower {less}; {resume_hint}", file=sys.stderr)
-        sys.exit(2)
+        code, line = 2, f"{name}: error: {str(error).split('. GPU')[0]}: lower {less}; {resume_hint}"
+    except KeyboardInterrupt:
+        code, line = 130, f"\nstopped; {resume_hint}"
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        print(f"\nstopped; {resume_hint}", file=sys.stderr)
-        sys.exit(130)
+    print(line, file=sys.stderr)
+    sys.exit(code)

@@ -1,21 +1,17 @@
 """
-The judge: does a language model consider an answer right?
+The judge, a language model that decides whether an answer is right. The paper evaluates with one (Fig. 12); here it can
+be the reward too. The rubric is Mem0's in other words. It is lenient: a vague answer on the right topic often passes.
 
     judge = make_judge("endpoint")           # JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the environment
     judge([("Which car does Jon drive?", "a Kia", "Kia")])      # [1.0]
     judge.reasons                            # ['The same car. {"label": "CORRECT"}']
-
-The paper uses a judge in its evaluation (Fig. 12); here it can be the reward as well. The rubric is Mem0's in other
-words. It is lenient: a vague answer on the right topic often passes.
 """
 import logging
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from data import UsageError, longmemeval
-from support.distributed import rank0_result
-from support.endpoint import CachedEndpoint, Endpoint
+from support.endpoint import Endpoint
 from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, chat_messages, normalize_whitespace, sanitize_for_prompt
 
 CACHE = "~/.cache/memory-r1/judge.jsonl"  # replies of hosted judges
@@ -57,63 +53,45 @@ def verdict_of(reply: str) -> str | None:
 class Judge:
     """
     judge([(question, prediction, gold), ...]) -> [1.0, 0.0, ...]. An empty prediction is wrong without being judged.
-    A reply without a label scores 0 and counts as `unreadable`. Once these exceed a tenth of all replies, the scores
-    mean little, and a UsageError is raised. `reasons` holds the last call's replies, in the order of the triples.
+    A reply without a label scores 0 and counts as `unreadable`; more than a tenth of them is a UsageError. `reasons`
+    holds the last call's replies, in the order of the triples.
     """
 
-    def __init__(self, backend, max_new_tokens: int = 512):
-        self.backend, self.max_new_tokens = backend, max_new_tokens
-        self.is_hosted = hasattr(backend, "complete")  # else a Policy, used with LoRA off
-        self.model = str(backend.model if self.is_hosted else backend.name)
-        self.replies: dict[tuple, str] = {}  # readable replies by triple
-        self.num_replies = self.unreadable = 0
-        self.reasons: list[str] = []
+    def __init__(self, policy, max_new_tokens: int = 512):
+        self.policy, self.model, self.max_new_tokens = policy, str(policy.name), max_new_tokens
+        self.replies: dict[tuple, str] = {}  # by triple; "" if cut off
+        self.unreadable, self.reasons = 0, []
 
     def __call__(self, triples: Sequence[tuple[str, str, str]]) -> list[float]:
-        asked = [triple for triple in dict.fromkeys(triples) if normalize_whitespace(triple[1])]
-        new = [triple for triple in asked if triple not in self.replies]
-        replies = dict(zip(new, self.ask([judge_messages(*triple) for triple in new]), strict=True))
-        self.replies |= {triple: reply for triple, reply in replies.items() if verdict_of(reply)}
-        self.count(len(asked), [reply for reply in replies.values() if not verdict_of(reply)])
-        found = [self.replies.get(triple) or replies.get(triple, "") for triple in triples]
+        new = [triple for triple in dict.fromkeys(triples) if normalize_whitespace(triple[1])
+               and triple not in self.replies]
+        prompts = [self.policy.encode(judge_messages(*triple)) for triple in new]
+        with self.policy.using(None):
+            groups = self.policy.sample(prompts, 1, self.max_new_tokens, temperature=0) if prompts else []
+        replies = [group[0].text if group[0].finished else "" for group in groups]
+        self.replies |= zip(new, replies, strict=True)
+        if unreadable := [reply for reply in replies if not verdict_of(reply)]:
+            self.unreadable += len(unreadable)
+            text = (f"judge {self.model}: {self.unreadable} of {len(self.replies)} replies were cut off or have no "
+                    f"label, such as {normalize_whitespace(unreadable[0])[-80:]!r}")
+            if self.unreadable > len(self.replies) / 10:
+                raise UsageError(f"{text}: choose another judge")
+            logging.warning("%s: they score 0", text)
+        found = [self.replies.get(triple, "") for triple in triples]
         self.reasons = [normalize_whitespace(reply)[-MAX_ANSWER_CHARS:] for reply in found]
         return [float(verdict_of(reply) == "CORRECT") for reply in found]
 
-    def ask(self, chats: list[list[dict]]) -> list[str]:
-        """One reply per chat; "" if it was cut off. Under torchrun all processes call this with the same chats."""
-        if self.is_hosted:
-            return rank0_result(self.backend.complete, chats, self.max_new_tokens, verdict_of)
-        prompts = [self.backend.encode(messages) for messages in chats]
-        with self.backend.using(None):
-            groups = self.backend.sample(prompts, 1, self.max_new_tokens, temperature=0) if prompts else []
-        return [group[0].text if group[0].finished else "" for group in groups]
-
-    def count(self, num_replies: int, unreadable: list[str]) -> None:
-        self.num_replies += num_replies
-        self.unreadable += len(unreadable)
-        if unreadable:
-            text = (f"judge {self.model}: {self.unreadable} of {self.num_replies} replies were cut off or have no "
-                    f"label, such as {normalize_whitespace(unreadable[0])[-80:]!r}")
-            if self.unreadable > self.num_replies / 10:
-                raise UsageError(f"{text}: choose another judge")
-            logging.warning("%s: they score 0", text)
 
 
-def make_judge(where: str, policy=None, load_policy: Callable | None = None, cache: str | Path = CACHE,
-               max_new_tokens: int = 512, **options) -> Judge:
-    """`where`: "endpoint" (see Endpoint), "base" (`policy` with LoRA off), or a model for load_policy(where, ...)."""
+def make_judge(where: str, policy=None, max_new_tokens: int = 512, **options) -> Judge:
+    """`where`: "endpoint" (see Endpoint), "base" (`policy` with LoRA off), or a model for policy.load(where, ...)."""
     if where == "endpoint":
-        return Judge(CachedEndpoint(Endpoint.from_environment(), cache), max_new_tokens)
-    return Judge(policy if where == "base" else load_policy(where, **options), max_new_tokens)
+        return Judge(Endpoint.from_environment(cache=CACHE), max_new_tokens)
+    return Judge(policy if where == "base" else policy.load(where, **options), max_new_tokens)
 
 
-def make_scorer(reward: str, metrics: dict[str, Callable], where: str = "endpoint", policy=None,
-                **options) -> Callable[[Sequence[tuple[str, str, str]]], list[float]]:
-    """
-    A function that scores (question, prediction, gold) triples, by the judge of make_judge(where, policy, **options)
-    if `reward` is "judge", else by metrics[reward](prediction, gold).
-    """
+def make_scorer(reward: str, metrics: dict[str, Callable], *judge, **options) -> Callable[[Sequence], list[float]]:
+    """A function that scores (question, prediction, gold) triples: make_judge(*judge, **options) or metrics[reward]."""
     if reward == "judge":
-        return make_judge(where, policy, **options)
-    metric = metrics[reward]
-    return lambda triples: [metric(prediction, gold) for _, prediction, gold in triples]
+        return make_judge(*judge, **options)
+    return lambda triples: [metrics[reward](prediction, gold) for _, prediction, gold in triples]

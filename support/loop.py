@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from data import UsageError
 from support import distributed
+from support.cli import from_args
+from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
 
 PATIENCE = 5  # steps in a row that may refuse an update because a number was not finite
@@ -52,11 +54,12 @@ def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
 
 def run_training(algorithm, policy, task: Task, args) -> None:
     """`fit` in the folder args.out, locked against other processes, with the settings of the command line."""
-    config = algorithm.Config(**{field.name: getattr(args, field.name) for field in fields(algorithm.Config)})
     with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
-        fit(algorithm.train, policy, task, run, args.agent, config)
+        fit(algorithm.train, policy, task, run, args.agent, from_args(algorithm.Config, args))
+        if distributed.is_rank0():
+            plot_run(args.out)
     print(f"adapter, metrics and samples are in {run.folder}")
 
 

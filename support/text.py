@@ -1,9 +1,12 @@
-"""Text that people and models write, in the form in which it is stored, scored and shown in prompts."""
+"""Text that people and models write: its safe form for storage and prompts, and the JSON inside it."""
+import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 
 MAX_OUTPUT_CHARS = 20_000  # parsers ignore the rest of a completion
 MAX_ANSWER_CHARS = 1_000
+MAX_JSON_STARTS = 100  # json_values tries to read JSON at this many brackets and braces, from the first on
 # The first character of a role marker or end token: <|im_end|>, </s>, <｜User｜>, [/INST]. No match: "<3", "[a photo]".
 ROLE_MARKER = re.compile(r"[<＜﹤](?=[|｜/]?[^\W\d])|\[(?=/?\w*[A-Z]{2}\w*\])")
 
@@ -14,24 +17,30 @@ def normalize_whitespace(text: str) -> str:
 
 
 def sanitize_for_prompt(text: str) -> str:
-    """
-    Text as one line without role markers, so that it cannot pose as another part of the prompt. A tokenizer would
-    read "<|im_end|>" inside a memory as the end of the message; "< |im_end|>" is plain text.
-    """
+    """Text as one line that cannot pose as another part of the prompt. "<|im_end|>" -> "< |im_end|>", plain text"""
     return ROLE_MARKER.sub(r"\g<0> ", normalize_whitespace(text))
 
 
-def date_suffix(time: str) -> str:
-    """"3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
-    return f" ({time})" if time else ""
-
-
-def memory_lines(memories: Sequence, start: int = 1) -> str:
-    """Memories as numbered lines: "1 (3 May 2023) Jon has a dog named Buddy.", or "none" if there are none."""
-    lines = [f"{i}{date_suffix(memory.time)} {memory.text}" for i, memory in enumerate(memories, start)]
-    return "\n".join(map(sanitize_for_prompt, lines)) or "none"
-
-
 def chat_messages(system: str, user: str) -> list[dict]:
-    """A system and a user message, as chat templates take them."""
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def json_values(text: str) -> Iterator[list | dict | None]:
+    """The JSON lists and objects in a text; None for one that breaks off. 'Sure: [1], [{"a": 2}, {' -> [1], None"""
+    decoder, text, end = json.JSONDecoder(), text[:MAX_OUTPUT_CHARS], 0
+    for start in [match.start() for match in re.finditer(r"[\[{]", text)][:MAX_JSON_STARTS]:
+        if start < end:  # inside the previous value
+            continue
+        try:
+            value, end = decoder.raw_decode(text, start)
+            yield value
+        except (ValueError, RecursionError):
+            if re.match(r"[\[{]\s*[\[{\"]", text[start:]):  # prose such as "[see below]" begins with a letter
+                yield None
+                return  # the parts of a broken value must not be taken for complete values
+
+
+def trigram_similarity(a: str, b: str) -> float:
+    """Dice coefficient of the letter trigrams of two texts, 1.0 for equal texts, in linear time."""
+    one, other = (Counter(text[i:i + 3] for i in range(len(text) - 2)) for text in (f"  {a} ", f"  {b} "))
+    return 2 * (one & other).total() / (one.total() + other.total())

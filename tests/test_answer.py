@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Fake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import CASES, FUZZ
@@ -18,9 +19,9 @@ from answer import (
     exact_match,
     f1,
     generate_answers,
-    messages,
     normalize,
     parse,
+    prompt_for,
     retrieve,
     speakers_asked,
 )
@@ -39,6 +40,13 @@ def talk(num_each):
             what = f"dog number {i}" if i % 3 == 0 else f"trip {i} to Rome"
             bank.add(f"{speaker} spoke of a {what}.", speaker, f"{i + 1} May 2023")
     return bank
+
+
+def messages(memories, speakers, question, distill=True):
+    """The chat messages of a prompt that shows all of these memories."""
+    policy = Fake()
+    made = prompt_for(policy, memories, question, speakers, Settings(distill=distill, max_prompt_tokens=None))
+    return policy.chats[tuple(made.prompt)]
 
 
 def test_prompt_by_hand():

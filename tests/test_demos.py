@@ -20,7 +20,6 @@ import train_manager
 from data import UsageError
 from memory import MemoryBank, make_embedder
 from policy import Policy
-from support.terminal import wrap_for_terminal
 
 ROOT = Path(__file__).parents[1]
 TALK = """\
@@ -63,7 +62,8 @@ def test_memory_shows_a_bank_a_search_and_a_fork():
 def test_policy_shows_that_lora_off_is_the_base(capsys):
     policy.main([])
     printed = capsys.readouterr().out
-    on, off = (float(re.search(rf"LoRA {state}: log pi moves by up to (.*)", printed)[1]) for state in ("on", "off"))
+    on, off = (float(re.search(rf"LoRA {state}: log-probs change by up to (.*)", printed)[1])
+               for state in ("on", "off"))
     assert on > 0.1 and off == 0
     assert len(re.findall(r"^ +-\d+\.\d\d  '", printed, re.MULTILINE)) == 4
 
@@ -79,19 +79,16 @@ def test_an_algorithm_learns_its_toy(algorithm, capsys):
 
 
 def carried_out(printed):
-    """The texts of a bank after the operations that were printed, with their lines unwrapped."""
-    texts, updated = [], None
-    for line in re.sub(r"\n {14}(?=\S)", " ", printed).splitlines():
-        said = re.match(r"    [-+~.] (ADD|UPDATE|DELETE|NOOP) *(.*)", line)
-        if updated is not None:
-            texts[updated] = re.fullmatch(r" +-> (.*)", line)[1]
-        updated = None
-        if said and said[1] == "ADD":
-            texts.append(said[2])
-        elif said and said[1] == "UPDATE":
-            updated = texts.index(said[2])
-        elif said and said[1] == "DELETE":
-            texts.remove(said[2])
+    """The texts of a bank after the operations that were printed."""
+    texts = []
+    for event, text in re.findall(r"(?m)^    [-+~.] (ADD|UPDATE|DELETE|NOOP) *(.*)", printed):
+        if event == "ADD":
+            texts.append(text)
+        elif event == "UPDATE":
+            old, new = text.split(" -> ")
+            texts[texts.index(old)] = new
+        elif event == "DELETE":
+            texts.remove(text)
     return texts
 
 
@@ -102,13 +99,10 @@ def saved(path):
 def test_the_manager_reads_a_transcript(capsys):
     manager.main(["talk.txt", "--out", "bank.json"])
     printed = capsys.readouterr().out
-    assert printed.startswith("session 1: 8 May 2023\nJon: I have a dog named Buddy.\n    ")
-    assert "\n\nsession 2: 8 May 2023\nJon: I adopted another dog, Scout.\n" in printed
-    assert "Jon: Good to hear from you, Gina, it has been such a long time since we sat down\n    together" in printed
-    assert all(len(line) <= 80 for line in printed.splitlines()) and "\033" not in printed
+    assert printed.startswith("Jon (8 May 2023): I have a dog named Buddy.\n    ")
+    assert "\nJon (8 May 2023): I adopted another dog, Scout.\n    " in printed
     memories = list(saved("bank.json"))
     assert carried_out(printed) == [memory.text for memory in memories] and len(memories) >= 2
-    assert f"the bank: {len(memories)} memories\n" in printed and "python answer.py bank.json" in printed
     with pytest.raises(UsageError, match="--out bank.json: already exists"):
         manager.main(["talk.txt", "--out", "bank.json"])
 
@@ -116,7 +110,7 @@ def test_the_manager_reads_a_transcript(capsys):
 def test_a_synthetic_dialogue_without_a_file(capsys):
     manager.main([])
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^\w+: ", printed, re.MULTILINE)) == 20 and f"{len(carried_out(printed))} memor" in printed
+    assert len(re.findall(r"(?m)^\w+ \(.*?\): ", printed)) == 20 and len(carried_out(printed)) > 4
 
 
 @pytest.fixture
@@ -137,25 +131,23 @@ def agents(fake, monkeypatch):
 
 
 def chat(monkeypatch, lines, *flags):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     answer.main(["me.json", "--name", "Sam", *flags])
 
 
 def test_a_chat_keeps_its_bank_between_sessions(agents, monkeypatch, capsys):
-    chat(monkeypatch, b"I drink  tea.\nmumble\nWhat do I drink?\n\n", "--manager", "M", "--answer", "A")
+    chat(monkeypatch, "I drink tea. \nmumble\nWhat do I drink?\n\nnot read\n", "--manager", "M", "--answer", "A")
     first = capsys.readouterr().out
-    assert "the bank: 0 memories\n" in first and "Sam> I drink tea.\n    + ADD     Sam says: I drink tea.\n" in first
-    assert "Sam> mumble\n    ! the output cannot be carried out: nothing changes\n" in first
-    assert re.search(r"Sam> What do I drink\?\n    retrieved: .*\n    \d\.\d\d \* 1 \(\d+ \w+ \d{4}\) Sam says: I "
-                     r"drink tea\.\n    answer: \?\[2Jyes\n", first)
-    assert re.search(r"Sam>\nthe bank: 1 memory\nmemories of Sam:\n  1 \(.*\) Sam says: I drink tea\.\n", first)
+    assert "Sam>     + ADD     Sam says: I drink tea.\n" in first
+    assert "Sam>     ! the output cannot be carried out: nothing changes\n" in first
+    assert re.search(r"Sam>     \* 1 \(\d+ \w+ \d{4}\) Sam says: I drink tea\.\n    answer: \?\[2Jyes\nSam> $", first)
     assert agents.loaded == [("manager", "M"), ("answer", "A")]
     assert [role for role, *_ in agents.calls] == ["manager", "manager", "answer"]
-    chat(monkeypatch, b"\xff rain\nIs it so?", "--name", "Eve")
+    chat(monkeypatch, "rain\nIs it so?", "--name", "Eve")
     second = capsys.readouterr().out
-    assert "the bank: 1 memory\nmemories of Sam:" in second and "Eve> Is it so?\n    retrieved: " in second
+    assert "Eve>     + ADD     Sam says: rain\nEve>     * 1 (" in second
     assert [(memory.speaker, memory.text) for memory in saved("me.json")] == [
-        ("Sam", "Sam says: I drink tea."), ("Eve", "Sam says: \ufffd rain")]
+        ("Sam", "Sam says: I drink tea."), ("Eve", "Sam says: rain")]
     assert [role for role, *_ in agents.calls[3:]] == [None, None]
 
 
@@ -165,9 +157,10 @@ def test_one_question_to_a_bank(agents, capsys):
         bank.add(text, speaker, "")
     bank.save("bank.json")
     answer.main(["bank.json", "Does Jon drink tea?"])
-    printed = capsys.readouterr().out
-    assert re.fullmatch(r" +retrieved: .*\n    0\.\d\d \* 1 Jon drinks tea\.\n    0\.\d\d   2 Jon has a dog\.\n"
-                        r"    answer: \?\[2Jyes\n", printed)  # Gina's is left out: the question names Jon
+    printed = "    * 1 Jon drinks tea.\n      2 Jon has a dog.\n    answer: ?[2Jyes\n"
+    assert capsys.readouterr().out == printed, "Gina's is left out: the question names Jon"
+    answer.main(["bank.json", "Tell me if Jon drinks tea"])
+    assert capsys.readouterr().out == printed and len(saved("bank.json")) == 3, "no question mark is needed"
     with pytest.raises(UsageError, match="nowhere.json: cannot be read as a memory bank"):
         answer.main(["nowhere.json", "Why?"])
 
@@ -175,7 +168,7 @@ def test_one_question_to_a_bank(agents, capsys):
 def test_from_the_shell_with_the_tiny_model():
     ran = shell("answer.py", "me.json", stdin="I have a dog named Buddy.\nWhich dog does Alex have?\n")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "Alex> I have a dog named Buddy.\n    + ADD     Alex has a dog named Buddy.\n" in ran.stdout
+    assert "Alex>     + ADD     Alex has a dog named Buddy.\n" in ran.stdout
     assert "answer: Buddy\n" in ran.stdout and [memory.text for memory in saved("me.json")] == [
         "Alex has a dog named Buddy."]
     reading, writing = os.pipe()
@@ -186,13 +179,9 @@ def test_from_the_shell_with_the_tiny_model():
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-def test_colours_are_for_people_only(monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert wrap_for_terminal("a", colour=32) == "\033[32ma\033[0m" and wrap_for_terminal("a") == "a"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert wrap_for_terminal("a", colour=32) == "a"
-    assert wrap_for_terminal("\033[2Ja\ud800b\tc") == "?[2Ja?b?c"
+def test_control_characters_are_not_printed(capsys):
+    manager.print_safely("\033[2Ja\ud800b\tc")
+    assert capsys.readouterr().out == "?[2Ja?b?c\n"
 
 
 def test_a_transcript_trains_and_evaluates(capsys):
@@ -216,12 +205,12 @@ def test_a_transcript_trains_and_evaluates(capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_fits_eighty_columns_and_has_an_example(name, capsys):
+def test_help_fits_eighty_columns(name, capsys):
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[name].main(["--help"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and max(map(len, printed.splitlines())) <= 80
-    assert re.search(r"(?m)^examples?:|^For the real thing", printed)
+    assert name not in ("evaluate", "manager", "answer") or re.search(r"(?m)^examples?:", printed)
 
 
 @pytest.mark.parametrize("command, meant", [

@@ -39,6 +39,9 @@ def file_of(diff):
 
 def check_confirm(manager):
     """A repeated fact updates the date of its memory, and nothing else."""
+    from conftest import Fake
+
+    from data import Turn
     from memory import Memory, MemoryBank, make_embedder
     bank = MemoryBank(make_embedder("hash"))
     bank.add("Jon drives a Kia.", "Jon", "1 May 2023")
@@ -47,8 +50,9 @@ def check_confirm(manager):
     edits = manager.parse('[{"event": "CONFIRM", "id": 2}]', case)
     assert edits == [manager.Edit("CONFIRM", dog)] and '{"event": "CONFIRM", "id": 1}' in manager.SYSTEM
     assert all(manager.parse(manager.format_edits(edits, case, by_text), case) == edits for by_text in (False, True))
+    trial, keeper = bank.fork(), manager.Manager(Fake(lambda messages: '[{"event": "CONFIRM", "id": 1}]'))
     with redirect_stdout(io.StringIO()) as printed:
-        manager.print_edits(edits, bank)
+        manager.read_turn(keeper, trial, Turn("1", 1, "Jon", "Jon has a dog.", "3 June 2023"))
     assert "= CONFIRM" in printed.getvalue()
     assert manager.apply_edits(bank, edits, "Jon", "3 June 2023") == [dog]
     assert list(bank) == [Memory(0, "Jon drives a Kia.", "Jon", "1 May 2023"),

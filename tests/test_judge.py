@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from answer import REWARDS, composite, exact_match, f1
 from data import UsageError
 from policy import Policy
-from support.endpoint import CachedEndpoint
+from support import judge as judges
 from support.judge import Judge, judge_messages, make_judge, make_scorer, verdict_of
 
 RIGHT, FALSE = ("Which car?", "a Kia", "Kia"), ("Which dog?", "Rex", "Buddy")
@@ -36,7 +36,7 @@ def cache(tmp_path):
 
 
 def judge_of(server, cache, **options):
-    return Judge(CachedEndpoint(server.endpoint(**options), cache))
+    return Judge(server.endpoint(cache=cache, **options))
 
 
 # --- verdicts ---
@@ -98,16 +98,15 @@ def test_an_empty_prediction_is_wrong_unasked(serve, cache):
 # --- replies without a label ---
 
 @pytest.mark.parametrize("garbage", [(200, {}, b"<html>"), (200, {}, completion_of(None)), "I cannot say."])
-def test_an_unreadable_reply_is_asked_again_and_never_kept(serve, cache, garbage, caplog):
-    judge = judge_of(serve(garbage, garbage), cache)
-    assert judge([RIGHT]) == [1] and judge.unreadable == 0 and not caplog.records
+def test_an_unreadable_reply_scores_0_and_is_counted(serve, cache, garbage, caplog):
     server = serve(rule=lambda chat: garbage if "Which dog?" in chat[1]["content"] else by_gold(chat))
-    judge = judge_of(server, cache.with_name("other.jsonl"))
-    assert judge([FALSE, *MANY]) == [0] + [1] * 40 and judge.unreadable == 1 and len(server.requests) == 43
-    assert judge.reasons == ["I cannot say." if garbage == "I cannot say." else ""] + [GOOD] * 40
-    assert "1 of 41 replies" in caplog.text
-    assert [json.loads(line)["reply"] for line in judge.backend.path.read_text().splitlines()] == [GOOD] * 40
-    assert judge([FALSE, *MANY]) == [0] + [1] * 40 and judge.unreadable == 2 and len(server.requests) == 46
+    judge = judge_of(server, cache)
+    assert judge([FALSE, *MANY]) == [0] + [1] * 40 and judge.unreadable == 1 and len(server.requests) == 41
+    reply = "I cannot say." if garbage == "I cannot say." else ""
+    assert judge.reasons == [reply] + [GOOD] * 40 and "1 of 41 replies" in caplog.text
+    stored = [json.loads(line)["reply"] for line in cache.read_text().splitlines()]
+    assert sorted(stored) == sorted([GOOD] * 40 + [reply] * bool(reply)), "what is no completion is not stored"
+    assert judge([FALSE, *MANY]) == [0] + [1] * 40 and judge.unreadable == 1 and len(server.requests) == 41
 
 
 def test_a_verdict_of_a_reply_that_was_cut_off_does_not_count(serve, cache):
@@ -121,7 +120,7 @@ def test_too_many_unreadable_replies_are_refused(serve, cache):
     judge = judge_of(server, cache)
     rex = [(f"Dog {i}?", "Rex", "Buddy") for i in range(5)]
     assert judge(MANY[:36] + rex[:4]) == [1] * 36 + [0] * 4, "a tenth is not too many"
-    with pytest.raises(UsageError, match="judge judge-1: 9 of 80 replies were cut off or have no label, .*'Hm.'"):
+    with pytest.raises(UsageError, match="judge judge-1: 5 of 41 replies were cut off or have no label, .*'Hm.'"):
         judge(MANY[:35] + rex)
     with pytest.raises(UsageError, match="1 of 1 replies"):
         judge_of(server, cache)(rex[:1])
@@ -144,21 +143,22 @@ def test_a_local_model_judges_in_one_batch(fake):
 
 
 def test_a_local_model_from_a_folder(tiny_folder, tmp_path):
-    judge = make_judge(str(tiny_folder), load_policy=Policy.load, max_new_tokens=3, device="cpu")
+    judge = make_judge(str(tiny_folder), Policy, max_new_tokens=3, device="cpu")
     assert judge.max_new_tokens == 3 and judge.model == str(tiny_folder)
     with pytest.raises(UsageError, match="2 of 2 replies were cut off"):
         judge([RIGHT, FALSE, RIGHT])
     with pytest.raises(UsageError, match="no config.json"):
-        make_judge(str(tmp_path), load_policy=Policy.load)
+        make_judge(str(tmp_path), Policy)
 
 
 def test_a_hosted_judge_from_the_environment(serve, cache, monkeypatch):
     server = serve()
     monkeypatch.setenv("JUDGE_URL", server.url)
     monkeypatch.setenv("JUDGE_MODEL", "small")
-    assert make_judge("endpoint", cache=cache, max_new_tokens=50)([RIGHT, FALSE]) == [1, 0]
+    monkeypatch.setattr(judges, "CACHE", cache)
+    assert make_judge("endpoint", max_new_tokens=50)([RIGHT, FALSE]) == [1, 0]
     assert {(request["model"], request["max_tokens"]) for request in server.requests} == {("small", 50)}
-    assert make_scorer("judge", REWARDS, cache=cache, max_new_tokens=50)([FALSE]) == [0] and len(server.requests) == 2
+    assert make_scorer("judge", REWARDS, "endpoint", max_new_tokens=50)([FALSE]) == [0] and len(server.requests) == 2
 
 
 # --- rewards ---

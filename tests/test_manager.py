@@ -28,7 +28,7 @@ from manager import (
     parse,
 )
 from memory import Memory, MemoryBank, make_embedder
-from support.completions import fit_prompt
+from support.prompts import fit_prompt
 from support.text import chat_messages, sanitize_for_prompt
 
 HASH = make_embedder("hash")

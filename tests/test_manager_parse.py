@@ -14,8 +14,7 @@ import manager
 from data import Dialogue, Turn
 from manager import Case, Edit, Manager, apply_edits, build_banks, format_edits, messages, parse
 from memory import Memory, MemoryBank
-from support.completions import trigram_similarity
-from support.text import sanitize_for_prompt
+from support.text import sanitize_for_prompt, trigram_similarity
 
 
 def in_prose(*operations):

@@ -22,7 +22,7 @@ def task(*flags):
 def test_reference_operations_in_the_format_of_each_model(model, word):
     made = task("--model", model)
     prompts, completions, report = made.demonstrations()
-    texts, known = [made.policy.decode(ids) for ids in completions], made.reference_decisions()
+    texts, known = [made.policy.decode(ids) for ids in completions], made.teacher_decisions()
     assert report["invalid_rate"] == 0 and sum(report["ops"].values()) == len(prompts) == 20 and word in "".join(texts)
     for prompt, text, (case, edits) in zip(prompts, texts, known, strict=True):
         assert prompt == made.policy.encode(manager.messages(case)) and manager.parse(text, case) == edits
@@ -31,7 +31,7 @@ def test_reference_operations_in_the_format_of_each_model(model, word):
 def test_edits_of_memories_that_are_not_shown_are_left_out():
     made, memories = task("--max-prompt-tokens", "40"), [Memory(i, f"Jon likes Rex{i}.", "Jon", "") for i in range(5)]
     case = manager.Case("Jon", "", ("x",), tuple(memories))  # the best match comes first; the last one does not fit
-    made.reference_decisions = lambda: [(case, [manager.Edit("DELETE", i)]) for i in (0, 4)]
+    made.teacher_decisions = lambda: [(case, [manager.Edit("DELETE", i)]) for i in (0, 4)]
     (prompt,), (completion,), report = made.demonstrations()
     assert report["invalid_rate"] == 0.5 and "Rex0" in made.policy.decode(completion) and len(prompt) <= 40
 
@@ -68,6 +68,6 @@ def test_refusals(monkeypatch):
     with pytest.raises(UsageError, match="--algo sft.*train_manager.py"):
         train_answer.arguments(["--algo", "sft"])
     made = task()
-    made.reference_decisions = lambda: [(manager.Case("Jon", "", ("x",), ()), None)] * 3
+    made.teacher_decisions = lambda: [(manager.Case("Jon", "", ("x",), ()), None)] * 3
     with pytest.raises(UsageError, match="none of the teacher's 3 outputs"):
         made.demonstrations()

@@ -79,13 +79,8 @@ def test_a_batch_depends_on_seed_and_step_alone(made):
     assert [episode.prompt for episode in made.batch(2)] != [episode.prompt for episode in later]
 
 
-def test_the_number_of_memories_grows(made, monkeypatch):
-    monkeypatch.setattr(made.args, "memories", 20)
-    assert made.num_memories(1) == 20  # without --grow from the first step
-    monkeypatch.setattr(made.args, "grow", 4)
-    assert [made.num_memories(step) for step in (1, 2, 4, 9)] == [8, 12, 20, 20]
-    monkeypatch.setattr(made.args, "memories", 2)
-    assert made.num_memories(1) == 2
+def test_all_memories_are_shown_from_the_first_step(made):
+    assert [made.num_memories(step) for step in (1, 9)] == [20, 20]
 
 
 def hand_made():
@@ -107,8 +102,10 @@ def test_selection_counts_numbers_that_were_shown():
     episode = hand_made()
     answers = [answer.parse("relevant: 0, 1, 2, 9\nanswer: Rex"),
                answer.parse("1 Rex\n2 none\n3 Rex\n4 none\nanswer: Rex")]
-    assert train_answer.selection([episode, episode], answers) == {"shown": 4, "selected": 2.0, "evidence": 3 / 4}
-    assert train_answer.selection([episode], [answer.parse("nothing")])["evidence"] is None
+    assert train_answer.output_metrics([episode, episode], answers) == {
+        "shown": 4, "selected": 2.0, "evidence": 3 / 4, "invalid_rate": 0}
+    nothing = train_answer.output_metrics([episode], [answer.parse("nothing")])
+    assert nothing == {"shown": 4, "selected": 0, "evidence": None, "invalid_rate": 1}
 
 
 # ------------------------------------------------------------------------------------------------ rewards

@@ -1,0 +1,35 @@
+"""Memories in prompts, prompts that fit a token limit, and their greedy completions."""
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from support.text import sanitize_for_prompt
+
+
+def date_suffix(time: str) -> str:
+    """"3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
+    return f" ({time})" if time else ""
+
+
+def memory_lines(memories: Sequence, start: int = 1) -> str:
+    """Memories as numbered lines: "1 (3 May 2023) Jon has a dog named Buddy.", or "none" if there are none."""
+    lines = [f"{i}{date_suffix(memory.time)} {memory.text}" for i, memory in enumerate(memories, start)]
+    return "\n".join(map(sanitize_for_prompt, lines)) or "none"
+
+
+def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None) -> tuple[list[int], Sequence, int]:
+    """(ids of render(memories), memories, number dropped), with as many of `ranked`, the best first, as fit."""
+    def encode_best(n):
+        return policy.encode(render(ranked[:n]))
+
+    n, ids = len(ranked), encode_best(len(ranked))
+    if max_tokens and len(ids) > max_tokens:
+        n = bisect_right(range(1, n), max_tokens, key=lambda n: len(encode_best(n)))  # as many as fit, possibly 0
+        ids = encode_best(n)
+    return ids, ranked[:n], len(ranked) - n
+
+
+def generate(policy, adapter: str | None, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy completions of a batch of prompts, with a LoRA adapter or, for None, with the base model."""
+    with policy.using(adapter):
+        groups = policy.sample(prompts, 1, max_new_tokens, temperature=0) if prompts else []
+    return [group[0].text for group in groups]
