@@ -161,7 +161,7 @@ prompt formats of this project and nothing else.
 |---|---|
 | hidden size, layers, heads | {shape} |
 | vocabulary | {vocabulary} |
-| pretraining | {tokens:.0f}M tokens of generated tasks: `python -m support.tiny_model.pretrain {flags}` |
+| pretraining | {tokens:g}M tokens of generated tasks: `python -m support.tiny_model.pretrain {flags}` |
 
 ## Abilities and limits
 
