@@ -10,18 +10,17 @@ Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
         runs/2x2.json:"manager-grpo + answer-grpo"
 
 A system is a source of memories (a baseline or a Memory Manager), an Answer Agent, and a number of memories to show.
-With --out FILE.json every answer is appended to FILE.predictions.jsonl as soon as it exists. `support/report.py`
-computes the report from these lines alone, and the same command continues a stopped evaluation. Difference from the
-paper (arXiv 2508.19828): `rag` retrieves as many raw turns as other systems retrieve memories; the RAG baseline in the
-authors' code shows one chunk of 500 tokens.
+With --out FILE.json every answer is appended to FILE.predictions.jsonl as soon as it exists, and the same command
+continues a stopped evaluation. Difference from the paper (arXiv 2508.19828): `rag` retrieves as many raw turns as other
+systems retrieve memories; the RAG baseline in the authors' code shows one chunk of 500 tokens.
 """
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
-from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import answer
@@ -30,36 +29,30 @@ from data import TINY, Dialogue, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
-from support.cli import Parser, exit_cleanly, seed_everything
+from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
+from support.evaluation import Reranker, agent_name, batches, find_runs, select_questions
 from support.judge import gold_of, make_judge
-from support.plots import plot_evaluation
 from support.run import append_rows, check_distill, to_json_safe
 
 # Held-out data of the training scripts: Managers are tested on short synthetic dialogues, Answer Agents on long ones.
 SHORT = {"count": 32, "num_turns": 20, "memories": 4, "named_only": True, "max_answer_tokens": 48}
 LONG = {"count": 8, "num_turns": 100, "memories": 20, "named_only": False, "max_answer_tokens": 200}
 REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
-BY_DATA = {"top_k": (4, 10), "extract": (False, True)}  # defaults for (synthetic, real data)
-BY_MODEL = {"max_prompt_tokens": (1024, 4096), "max_new_tokens": (80, 512)}  # defaults for (tiny model, others)
 LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
+REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
+REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # where they differ from those of the tiny model
+RAW = ("none", "rag", "full-context")  # baselines whose banks hold no turns, or raw turns
+BASELINES = (*RAW, "add-all", "oracle")
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
-SETTINGS = ("data", "split", "seed", "model", "embedder", "top_k", "extract", "distill", "floor", "reranker",
-            "max_prompt_tokens", "max_new_tokens")  # flags that change the answers of all systems
 
 
 def scores(prediction, reference, category: int | None = None) -> dict[str, float]:
-    """
-    Score one answer for a report: {"em", "f1", "bleu1", "f1_locomo"}, the last only if nltk is installed. EM is ours
-    (`answer.normalize`), F1 and BLEU-1 are Mem0's. `category` is LoCoMo's number; only f1_locomo depends on it.
-    """
+    """{"em", "f1", "bleu1", "f1_locomo"}, the last only with nltk. `category`: LoCoMo's number, for f1_locomo."""
     pair = str(prediction), str(reference)
     found = {"em": answer.exact_match(*pair), "f1": answer.f1(*pair), "bleu1": answer.bleu1(*pair)}
     return found | ({"f1_locomo": report.locomo_f1(*pair, category)} if report.porter_stemmer() else {})
 
-
-# ------------------------------------------------------------------------------------------------ systems
 
 @dataclass(frozen=True)
 class System:
@@ -72,22 +65,20 @@ class System:
     turns: str = ""  # checksum of the dialogues
 
 
-def make_systems(args, preset: dict, sources: Sequence[str], answers: Sequence[str], turns: str) -> list[System]:
-    """Every source with every Answer Agent and every number of memories, under the shortest names that differ."""
+def make_systems(args, preset: dict, pairs: Sequence[tuple[str, str]], turns: str) -> list[System]:
+    """A system for every pair (source, Answer Agent) and number of memories, under the shortest names that differ."""
     counts, systems = args.memories or [preset["memories"]], []
     named_only = preset["named_only"] if args.named_only is None else args.named_only
-    max_tokens = (preset if is_tiny(args.model) else REAL)["max_answer_tokens"]
-    if max(counts) > preset["memories"]:  # the selection grows with the number of memories
-        max_tokens = max(max_tokens, LONG["max_answer_tokens"])
-    for count, agent, source in product(counts, answers, sources):
+    is_short = is_tiny(args.model) and max(counts) <= preset["memories"]  # more memories have longer selections
+    max_tokens = args.max_answer_tokens or (preset if is_short else REAL)["max_answer_tokens"]
+    for source, agent in dict.fromkeys(pairs):
+        name = agent_name(source) + (f" + {agent_name(agent)}" if {agent for _, agent in pairs} != {"base"} else "")
         is_swept = len(counts) > 1 and source not in ("none", "full-context")
-        if is_swept or count == counts[0]:
-            name = agent_name(source) + (f" + {agent_name(agent)}" if set(answers) != {"base"} else "")
-            name += f", {count} memories" if is_swept else ""
-            systems.append(System(name, source, agent, count, named_only, args.max_answer_tokens or max_tokens, turns))
-    systems = list(dict.fromkeys(systems))
-    if len({system.system for system in systems}) < len(systems):
-        raise UsageError(f"two folders of {', '.join([*sources, *answers])} have the same name: rename one")
+        for count in counts if is_swept else counts[:1]:
+            title = f"{name}, {count} memories" if is_swept else name
+            systems.append(System(title, source, agent, count, named_only, max_tokens, turns))
+    if len({one.system for one in systems}) < len(systems):
+        raise UsageError(f"two folders of {', '.join(one.source for one in systems)} have the same name: rename one")
     return systems
 
 
@@ -96,43 +87,24 @@ def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     Tables of systems that are asked the same questions: the systems that the flags name, or else the baselines, the
     base model and all that is in runs/. Then an Answer Agent is tested with the Manager that it was trained with.
     """
+    def table(preset, pairs, limit=args.limit):
+        dialogues, turns = select_questions(args, preset, limit)
+        return dialogues, make_systems(args, preset, pairs, turns)
+
     answers, is_synthetic = args.answer or ["base"], args.data == "synthetic"
     preset = REAL if not is_synthetic else LONG if set(answers) != {"base"} else SHORT
     sources = [*(args.system or []), *(args.manager or [])]
-    dialogues, turns = select_questions(args, preset, args.limit)
     if sources or args.answer:
-        return [(dialogues, make_systems(args, preset, sources or ["base"], answers, turns))]
-    managers = ["base", *(find_runs(policy, "manager") if is_synthetic else [])]
-    sources = ["none", "rag", "add-all", *managers, *(["oracle"] if is_synthetic else [])]
-    tables = [(dialogues, make_systems(args, preset, sources, answers, turns))]
-    if agents := find_runs(policy, "answer", args.distill) if is_synthetic else {}:
-        (dialogues, turns), systems = select_questions(args, LONG, min(LONG_LIMIT, args.limit or LONG_LIMIT)), []
-        for agent, config in agents.items():
-            used = [one for one in managers if agent_name(one) == agent_name(config.get("manager_adapter") or "base")]
-            systems += make_systems(args, LONG, ["base", *used], ["base", agent], turns)
-        tables.append((dialogues, list(dict.fromkeys(systems))))
-    return tables
-
-
-# ------------------------------------------------------------------------------------------------ banks and answers
-
-def rag_bank(dialogue: Dialogue, embedder) -> MemoryBank:
-    """A bank of the raw turns."""
-    bank, texts = MemoryBank(embedder), [f"{turn.speaker}: {turn.text}" for turn in dialogue.turns]
-    embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
-    for turn, text in zip(dialogue.turns, texts, strict=True):
-        bank.add(text, turn.speaker, turn.time)
-    return bank
-
-
-def full_context(dialogue: Dialogue, embedder) -> list[Memory]:
-    """All turns as one list, to be shown under one heading without a search."""
-    heading = " and ".join(dialogue.speakers)
-    return [Memory(i, f"{turn.speaker}: {turn.text}", heading, turn.time) for i, turn in enumerate(dialogue.turns)]
-
-
-RAW = {"none": lambda dialogue, embedder: MemoryBank(embedder), "rag": rag_bank, "full-context": full_context}
-BASELINES = (*RAW, "add-all", "oracle")
+        return [table(preset, [(source, agent) for agent in answers for source in sources or ["base"]])]
+    if not is_synthetic:
+        return [table(preset, [(source, "base") for source in ("none", "rag", "add-all", "base")])]
+    managers, pairs = ["base", *find_runs(policy, "manager")], []
+    tables = [table(SHORT, [(source, "base") for source in ("none", "rag", "add-all", *managers, "oracle")])]
+    for agent, config in find_runs(policy, "answer", args.distill).items():
+        trained_with = agent_name(config.get("manager_adapter") or "base")
+        used = ["base", *(source for source in managers if agent_name(source) == trained_with)]
+        pairs += [(source, either) for either in ("base", agent) for source in used]
+    return tables + ([table(LONG, pairs, min(LONG_LIMIT, args.limit or LONG_LIMIT))] if pairs else [])
 
 
 def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
@@ -142,8 +114,30 @@ def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
             for dialogue in dialogues for question in dialogue.questions]
 
 
+def raw_bank(source: str, dialogue: Dialogue, embedder) -> MemoryBank:
+    """A bank of the raw turns. Those of "full-context" are all shown, under one heading; "none" has no turns."""
+    bank, turns = MemoryBank(embedder), () if source == "none" else dialogue.turns
+    texts = [f"{turn.speaker}: {turn.text}" for turn in turns]
+    embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
+    for turn, text in zip(turns, texts, strict=True):
+        bank.add(text, " and ".join(dialogue.speakers) if source == "full-context" else turn.speaker, turn.time)
+    return bank
+
+
+def load_agent(policy, agent: str, distill: bool) -> tuple:
+    """(policy, name of its adapter), which is None for the base model."""
+    if agent == "endpoint":
+        return Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/manager.jsonl"), None
+    if agent in (*BASELINES, "base"):
+        return policy, None
+    if agent not in policy.adapters:  # `find_runs` has loaded some
+        check_distill(agent, distill)
+        policy.load_adapter(agent, agent)
+    return policy, agent
+
+
 class Evaluator:
-    """The models, the answers so far (`lines` by key), and the content of FILE.json (`results`)."""
+    """The models and the answers so far: `lines` by key."""
 
     def __init__(self, policy, args, systems: Sequence[System]):
         self.policy, self.args = policy, args
@@ -152,24 +146,21 @@ class Evaluator:
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
         options = {"device": args.device, "dtype": args.dtype}
         self.judge = make_judge(args.judge, policy, **options) if args.judge else None
-        self.facts: dict[str, dict] = {}  # by the name of the model that extracted them
-        self.models = {}  # agent -> (policy, adapter, checksum); without adapter it is the base model
-        for agent in dict.fromkeys(agent for system in systems for agent in (system.source, system.answer)):
-            self.models[agent] = policy, None, ""
-            if agent == "endpoint":
-                hosted = Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/manager.jsonl")
-                self.models[agent] = hosted, None, hosted.name
-            elif agent not in (*BASELINES, "base"):
-                if agent not in policy.adapters:  # `find_runs` has loaded some
-                    check_distill(agent, args.distill)
-                    policy.load_adapter(agent, agent)
-                self.models[agent] = policy, agent, report.checksum(policy.parameters(agent))
-        settings = {name: getattr(args, name) for name in SETTINGS} | {
-            "dtype": str(policy.model.dtype), "weights": report.checksum(one[:64] for one in policy.model.parameters())}
-        checked = {one.system: asdict(one) | {"manager weights": self.models[one.source][2],
-                                              "answer weights": self.models[one.answer][2]} for one in systems}
-        self.results = {"data": args.data, "split": args.split, "settings": settings, "systems": checked, "rows": []}
-        self.lines = report.load_previous_predictions(args.out, self.results)
+        self.facts = defaultdict(dict)  # by the name of the model that extracted them
+        self.agents = {agent: load_agent(policy, agent, args.distill)
+                       for system in systems for agent in (system.source, system.answer)}
+        self.settings = to_json_safe(self.describe(systems))
+        self.lines = report.load_previous(args.out, self.settings)
+        report.write_results(args.out, self.lines, args.seed)
+
+    def describe(self, systems: Sequence[System]) -> dict[str, dict]:
+        """{name of a system: everything that its answers depend on}"""
+        shared = asdict(from_args(SharedFlags, self.args)) | {"dtype": str(self.policy.model.dtype)}
+        shared["weights"] = report.checksum(one[:64] for one in self.policy.model.parameters())
+        adapters = {agent: report.checksum(policy.parameters(adapter)) if adapter else policy.name
+                    for agent, (policy, adapter) in self.agents.items()}
+        return {one.system: {**asdict(one), **shared, "manager weights": adapters[one.source],
+                             "answer weights": adapters[one.answer]} for one in systems}
 
     def run_missing(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> None:
         """Answer the questions that have no line yet. Systems with the same source share its banks."""
@@ -183,94 +174,83 @@ class Evaluator:
                     self.answer_questions(system, lines, banks)
 
     def build_banks(self, source: str, dialogues: Sequence[Dialogue]) -> dict[str, tuple]:
-        """{dialogue id: (speakers, bank, its description)}. The Manager's cost excludes the extraction of facts."""
-        args, (policy, adapter, _), n = self.args, self.models[source], len(dialogues)
-        if source in RAW:
-            banks = [RAW[source](dialogue, self.embedder) for dialogue in dialogues]
-            return {one.id: (one.speakers, bank, {"size": len(bank)})
-                    for one, bank in zip(dialogues, banks, strict=True)}
-        settings = manager.Settings(args.top_k, args.extract, None if source == "endpoint" else args.max_prompt_tokens,
-                                    args.max_new_tokens)
-        agent = manager.Manager(policy, adapter, settings, self.facts.setdefault(policy.name, {}))
-        if source != "oracle":
+        """{dialogue id: (speakers, bank, its description)}. "seconds" are per turn, without the extraction of facts."""
+        args, (policy, adapter) = self.args, self.agents[source]
+        max_prompt_tokens = None if source == "endpoint" else args.max_prompt_tokens
+        settings = manager.Settings(args.top_k, args.extract, max_prompt_tokens, args.max_new_tokens)
+        agent = manager.Manager(policy, adapter, settings, self.facts[policy.name])
+        if source not in (*RAW, "oracle"):
             agent.read_facts(dialogues)
-        agent.policy = timed = TimedPolicy(policy)
-        if source == "oracle":
+        start = time.perf_counter()
+        if source in RAW:
+            builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder)) for dialogue in dialogues]
+        elif source == "oracle":
             builds = manager.oracle_banks(dialogues, self.embedder)
         elif source == "add-all":
             builds = manager.add_all_banks(dialogues, self.embedder, agent.facts)
         else:
-            builds = manager.build_banks(agent, dialogues, self.embedder,
-                                         progress=f"{agent_name(source)}: reading {n} dialogues")
-        cost = {"tokens": sum(timed.tokens) / n, "seconds": sum(timed.seconds) / n,
-                "calls": report.percentiles(timed.seconds)}
-        return {one.id: (one.speakers, build.bank, {
+            progress = f"{agent_name(source)}: reading {len(dialogues)} dialogues"
+            builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
+        seconds = (time.perf_counter() - start) / sum(len(dialogue.turns) for dialogue in dialogues)
+        return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
-            "num_labeled": build.num_labeled, "dropped": build.dropped, **cost})
-            for one, build in zip(dialogues, builds, strict=True)}
+            "num_labeled": build.num_labeled, "seconds": seconds})
+            for dialogue, build in zip(dialogues, builds, strict=True)}
 
-    def build_prompt(self, system: System, question: str, speakers, bank) -> tuple[answer.AnswerPrompt, float]:
+    def find_memories(self, system: System, question: str, speakers, bank: MemoryBank) -> tuple[list[Memory], tuple]:
         """
-        Search and write the prompt of a question. Also returns the seconds that the search took. A whole dialogue is
-        not searched, and a prompt that is too long drops its oldest turns.
+        (Memories for a question, best first; their speakers). A whole dialogue is not searched: its newest turns come
+        first, so that a prompt that is too long drops its oldest turns.
         """
-        start, k = time.perf_counter(), max(1, system.memories // 2)
         if system.source == "full-context":
-            ranked, speakers = bank[::-1], (bank[0].speaker,)
-        else:
-            searched = answer.speakers_asked(question, speakers) if system.named_only else speakers
-            wider = k * RERANK_FROM if self.reranker else k
-            ranked = [one for one, _ in answer.retrieve(bank, question, searched, wider, floor=self.args.floor)]
-            ranked = self.reranker.best(question, ranked, k * len(searched)) if self.reranker else ranked
-        seconds = time.perf_counter() - start
+            return [*bank][::-1], (" and ".join(speakers),)
+        searched = answer.speakers_asked(question, speakers) if system.named_only else speakers
+        k, wider = max(1, system.memories // 2), RERANK_FROM if self.reranker else 1
+        ranked = [one for one, _ in answer.retrieve(bank, question, searched, k * wider, floor=self.args.floor)]
+        return self.reranker.best(question, ranked, k * len(searched)) if self.reranker else ranked, speakers
+
+    def answer_questions(self, system: System, lines: Sequence[dict], banks: dict[str, tuple]) -> None:
+        """Answer in batches: complete the lines of `questions_to` and append them to the file."""
+        policy, adapter = self.agents[system.answer]
         settings = answer.Settings(distill=self.args.distill, max_prompt_tokens=self.args.max_prompt_tokens)
-        return answer.prompt_for(self.policy, ranked, question, speakers, settings), seconds
-
-    def answer_questions(self, system: System, questions: Sequence[dict], banks: dict[str, tuple]) -> None:
-        """Answer in batches: complete the lines of `questions_to`, score them and append them to the file."""
-        progress = f"{system.system}: answering"
-        for batch in tqdm(batches(questions, self.args.at_once), progress, disable=None, leave=False):
-            prompts, searches = zip(*[self.build_prompt(system, line["text"], *banks[line["dialogue"]][:2])
-                                      for line in batch], strict=True)
-            policy, adapter, _ = self.models[system.answer]
-            timed, lines = TimedPolicy(policy), []
-            answers = answer.generate_answers(timed, prompts, adapter, system.max_answer_tokens)
-            for i, (line, prompt, found) in enumerate(zip(batch, prompts, answers, strict=True)):
+        for batch in tqdm(batches(lines, self.args.at_once), f"{system.system}: answering", disable=None, leave=False):
+            times = [time.perf_counter()]
+            ranked = [self.find_memories(system, line["text"], *banks[line["dialogue"]][:2]) for line in batch]
+            times.append(time.perf_counter())
+            prompts = [answer.prompt_for(self.policy, memories, line["text"], speakers, settings)
+                       for line, (memories, speakers) in zip(batch, ranked, strict=True)]
+            answers = answer.generate_answers(policy, prompts, adapter, system.max_answer_tokens)
+            search, reply = np.diff([*times, time.perf_counter()]) / len(batch)
+            for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
-                lines.append(to_json_safe({
-                    **line, "prediction": found.text, "is_valid": found.is_valid,
+                line |= to_json_safe({
+                    "prediction": found.text, "is_valid": found.is_valid,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
-                    "shown": len(prompt.shown), "dropped": prompt.dropped, "tokens": timed.tokens[i],
-                    "seconds": {"search": searches[i], "answer": timed.seconds[i]}, "at_once": self.args.at_once,
-                    "bank": banks[line["dialogue"]][2]}))
+                    "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
+                    "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
+                    "settings": self.settings[system.system]})
             if self.args.out:
-                append_rows(report.predictions_path(self.args.out), lines)
-            self.lines |= {report.line_key(line): line for line in lines}
+                append_rows(report.predictions_path(self.args.out), batch)
+            self.lines |= {report.line_key(line): line for line in batch}
 
-    def add_judge_scores(self, lines: Sequence[dict]) -> None:
+    def add_verdicts(self, lines: Sequence[dict]) -> None:
         """Add the judge's verdicts. The judge caches them: a second call after a failure pays for none twice."""
         for line in lines:
             line.pop("judge", None)  # an earlier verdict may be another judge's
         verdicts = self.judge([(line["text"], line["prediction"], gold_of(line)) for line in lines])
         for line, verdict, reason in zip(lines, verdicts, self.judge.reasons, strict=True):
             line |= {"judge": verdict, "judge_model": self.judge.model, "judge_reason": reason}
-        self.results["judge"] = {"model": self.judge.model, "unreadable": self.judge.unreadable}
-        report.write_predictions(self.args.out, self.lines.values())
 
-    def report_table(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> list[dict]:
-        """Judge, save and print the rows of a table. If the judge fails, only its column is missing."""
-        lines = {system: [self.lines[report.line_key(line)] for line in questions_to(system, dialogues)]
-                 for system in systems}
+    def report_table(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> None:
+        """Judge, save and print the answers of a table. If the judge fails, only its column is missing."""
+        lines = [[self.lines[report.line_key(line)] for line in questions_to(system, dialogues)] for system in systems]
         try:
             if self.judge:
-                self.add_judge_scores([line for some in lines.values() for line in some])
+                self.add_verdicts(sum(lines, []))
         finally:
-            rows = [report.make_row(asdict(system), some, self.args.seed) for system, some in lines.items()]
-            self.results["rows"] = list({row["system"]: row for row in (*self.results["rows"], *rows)}.values())
-            report.write_report(self.args.out, self.results)
-            print(report.headline(self.args.data, self.args.split, dialogues, rows))
-            print(report.format_tables(rows, self.args.paper))
-        return rows
+            report.write_results(self.args.out, self.lines, self.args.seed)
+            rows = [report.make_row(some, self.args.seed) for some in lines]
+            print(report.format_report(f"{self.args.data}, split {self.args.split}", dialogues, rows, self.args.paper))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -282,71 +262,67 @@ def parse_counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def add_flags(parser: Parser) -> None:
-    yes_no = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("systems (none named: baselines, base, and all that is in runs/)").add_argument
-    add("--manager", nargs="+", metavar="DIR", help="Managers: runs, adapters, base, or endpoint (MANAGER_URL, "
-        "MANAGER_MODEL, MANAGER_API_KEY in the environment)")
-    add("--answer", nargs="+", metavar="DIR", help="Answer Agents: runs, adapters, or base (base)")
-    add("--system", nargs="+", choices=BASELINES, metavar="NAME", help=f"baselines: {', '.join(BASELINES)}")
-    add("--memories", type=parse_counts, metavar="N,N", help="memories shown, half of each speaker (synthetic: "
-        "4, with trained Answer Agents 20; real data: 60)")
-    add("--reranker", metavar="DIR", help=f"cross-encoder that chooses them out of {RERANK_FROM} times as many")
-    add("--distill", action=yes_no, default=True, help="select memories, then answer (yes)")
-    add = parser.add_argument_group("questions").add_argument
-    add("--data", default="synthetic", help="synthetic, locomo, longmemeval, longmemeval-s, msc, a file in one of "
-        "these formats, or a transcript: see data/transcript.py (synthetic)")
-    add("--split", default="test", help="train, val or test (test)")
-    add("--category", type=int, nargs="+", metavar="N", help="only questions of these categories")
-    add("--limit", type=int, help="only N questions: the first, or evenly spread if each has its own dialogue")
-    add("--seed", type=int, default=1, help="seed of synthetic dialogues and of intervals (1, as in training)")
-    add = parser.add_argument_group("model and memory").add_argument
-    add("--model", default=str(TINY), help="hub id or folder of a causal language model (data/tiny)")
-    add("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the model (GPU: bfloat16, CPU: float32)")
-    add("--embedder", default="hash", help="hash, an encoder's hub id or folder, or hash+ENCODER (hash)")
-    add("--top-k", type=int, help="related memories shown to the Manager (synthetic: 4, real data: 10)")
-    add("--named-only", action=yes_no, help="search only the memories of speakers that the question names "
-        "(synthetic data without trained Answer Agents: yes)")
-    add("--floor", type=float, help="lowest similarity of a memory that is shown, 0 to 1 (none)")
-    add("--extract", action=yes_no, help="the base model lists the facts of a turn (synthetic: no, real data: yes)")
-    add("--max-prompt-tokens", type=int, help="longer prompts drop memories (tiny model: 1024, others: 4096)")
-    add("--max-new-tokens", type=int, help="length of a Manager's output (tiny model: 80, others: 512)")
-    add("--max-answer-tokens", type=int, help="length of an answer with its selection (synthetic: 48, with trained "
-        "Answer Agents 200; other models and real data: 256)")
-    add("--at-once", type=int, default=64, help="dialogues and questions per batch; 1 times single calls (64)")
-    add = parser.add_argument_group("reports").add_argument
-    add("--judge", metavar="MODEL", help="a language model also marks the answers: endpoint (JUDGE_URL, JUDGE_MODEL, "
-        "JUDGE_API_KEY in the environment), base, or a hub id or folder")
-    add("--out", metavar="FILE.json", help="write results, predictions and a plot; continue if it was stopped")
-    add("--paper", action="store_true", help="print the paper's results on LoCoMo next to these")
-    add("--compare", nargs=2, metavar=("A.json", "B.json"), help="only compare two results or systems, A.json:SYSTEM")
+@dataclass(frozen=True)
+class SharedFlags:
+    """Flags that change the answers of all systems. FILE.json records them."""
+    data: str = flag("synthetic", "synthetic, locomo, longmemeval, longmemeval-s, msc, or a file (data/transcript.py)")
+    split: str = flag("test", "train, val or test")
+    seed: int = flag(1, "seed of synthetic dialogues and of intervals (1, as in training)")
+    model: str = flag(str(TINY), "hub id or folder of a causal language model (data/tiny)")
+    dtype: str | None = flag(None, "type of weights (GPU: bfloat16, CPU: float32)",
+                             choices=("float32", "bfloat16", "float16"))
+    embedder: str = flag("hash", "hash, an encoder's hub id or folder, or hash+ENCODER")
+    extract: bool = flag(False, "the base model lists the facts of a turn")
+    top_k: int = flag(4, "related memories shown to the Manager", least=0)
+    max_new_tokens: int = flag(80, "length of a Manager's output", least=1)
+    max_prompt_tokens: int = flag(1024, "longer prompts drop memories", least=1)
+    distill: bool = flag(True, "select memories, then answer")
+    floor: float | None = flag(None, "lowest similarity of a memory that is shown, 0 to 1 (none)", least=0, most=1)
+    reranker: str | None = flag(None, f"cross-encoder that chooses memories out of {RERANK_FROM} times as many")
+
+
+@dataclass(frozen=True)
+class SystemFlags:
+    manager: str | None = flag(None, "Managers: runs, adapters, base, or endpoint ($MANAGER_URL, ...)", nargs="+")
+    answer: str | None = flag(None, "Answer Agents: runs, adapters, or base (base)", nargs="+")
+    system: str | None = flag(None, f"baselines: {', '.join(BASELINES)}", nargs="+", choices=BASELINES, metavar="NAME")
+    memories: int | None = flag(None, "memories shown, half of each speaker; 60,30 compares several (4; trained "
+                                "Answer Agents 20; real data 60)", type=parse_counts, metavar="N,N")
+    named_only: bool | None = flag(None, "search only memories of the speakers that a question names (yes; trained "
+                                   "Answer Agents and real data: no)")
+    max_answer_tokens: int | None = flag(None, "length of an answer with its selection (48; trained Answer Agents "
+                                         "200; other models, real data or more memories 256)", least=1)
+    category: int | None = flag(None, "only questions of these categories", nargs="+")
+    limit: int | None = flag(None, "only N questions: the first, or evenly spread if each has its own dialogue",
+                              least=1)
+    at_once: int = flag(64, "dialogues and questions per batch; 1 times single calls", least=1)
+    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (a GPU if there is one)")
+    judge: str | None = flag(None, "a model that also marks answers: endpoint ($JUDGE_URL, ...), base, or a model")
+    out: str | None = flag(None, "write results and predictions; continue if it was stopped", metavar="FILE.json")
+    paper: bool = flag(False, "print the paper's results on LoCoMo next to these", action="store_true")
+    compare: str | None = flag(None, "only compare two results, or systems (A.json:SYSTEM)",
+                               nargs=2, metavar=("A.json", "B.json"))
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    """Parse the flags, fill in the defaults that depend on data and model, and refuse what makes no sense."""
+    """The flags, with defaults for the given data and model. Refuses what makes no sense."""
+    first = Parser(add_help=False)
+    add_flags(first, SharedFlags)
+    chosen, _ = first.parse_known_args(argv)
+    presets = (REAL_DATA if chosen.data != "synthetic" else {}) | ({} if is_tiny(chosen.model) else REAL_MODEL)
     parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
                     epilog="examples:\n" + __doc__.split("\n\n")[1])
-    add_flags(parser)
+    add_flags(parser, SystemFlags, "systems and reports (none named: baselines, base, and all in runs/)")
+    add_flags(parser, SharedFlags, "data, models and memory (defaults for the given --data and --model)", presets)
     args = parser.parse_args(argv)
-    for defaults, column in ((BY_DATA, args.data != "synthetic"), (BY_MODEL, not is_tiny(args.model))):
-        for name, values in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, values[column])
-    for name in ("limit", "at_once", "max_prompt_tokens", "max_new_tokens", "max_answer_tokens", "top_k"):
-        value, least = getattr(args, name), int(name != "top_k")
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.floor is not None and not 0 <= args.floor <= 1:
-        raise UsageError(f"--floor {args.floor}: must be from 0 to 1")
-    for flag in ("manager", "answer"):
-        for name in sorted({*BASELINES} & {*(getattr(args, flag) or [])}):
-            raise UsageError(f"--{flag} {name} is a baseline: give --system {name}")
+    for flag_name, agents in (("--manager", args.manager), ("--answer", args.answer)):
+        for agent in {*BASELINES} & {*(agents or [])}:
+            raise UsageError(f"{flag_name} {agent} is a baseline: give --system {agent}")
     if "oracle" in (args.system or []) and args.data != "synthetic":
         raise UsageError("--system oracle needs known operations, which only --data synthetic has")
     if "endpoint" in (args.answer or []):
         raise UsageError("--answer endpoint: only a Manager can be hosted; give base or an adapter's folder")
-    if args.out and Path(args.out).suffix != ".json":
+    if args.out and not args.out.endswith(".json"):
         raise UsageError(f"--out {args.out}: give a name that ends in .json")
     return args
 
@@ -359,13 +335,12 @@ def main(argv=None) -> None:
     policy = Policy.load(args.model, args.device, args.dtype)
     tables = plan_tables(policy, args)
     evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
-    report.write_report(args.out, evaluator.results)  # the settings, before the first answer
     for table in tables:
         evaluator.run_missing(*table)
-    rows = [evaluator.report_table(*table) for table in tables]
+    for table in tables:
+        evaluator.report_table(*table)
     print(report.LEGEND)
     if args.out:
-        plot_evaluation(Path(args.out).with_suffix(".png"), rows)
         print(f"results are in {args.out}, every answer in {report.predictions_path(args.out)}")
 
 

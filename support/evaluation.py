@@ -1,14 +1,15 @@
-"""What surrounds an evaluation: runs to find, questions to select, time to measure, an optional reranker."""
+"""Parts of an evaluation: runs to find, questions to select, and an optional reranker."""
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
-from data import Dialogue, Question, UsageError
+from data import Dialogue, UsageError
 from support import report
 from support.run import check_distill, read_config, warn_once
 
@@ -16,6 +17,11 @@ from support.run import check_distill, read_config, warn_once
 def agent_name(agent: str) -> str:
     """./runs/manager-grpo/adapter -> manager-grpo"""
     return os.path.relpath(agent).removesuffix("/adapter").removeprefix("runs/")
+
+
+def batches(items: Sequence, size: int) -> list:
+    """[1, 2, 3], 2 -> [[1, 2], [3]]"""
+    return [items[start:start + size] for start in range(0, len(items), size)]
 
 
 def find_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
@@ -35,50 +41,25 @@ def find_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
 
 
 def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialogue], str]:
-    """
-    The dialogues that have selected questions, with these questions alone, at most `limit` in all. Also a checksum of
-    all turns of the split.
-    """
+    """Dialogues with the selected final questions alone, at most `limit` in all. Also a checksum of all turns."""
     is_synthetic = args.data == "synthetic"
     options = {"count": preset["count"], "num_turns": preset["num_turns"], "seed": args.seed} if is_synthetic else {}
     dialogues = data.load(args.data, args.split, **options)
-    final = [(dialogue.id, question) for dialogue in dialogues for question in dialogue.final_questions()]
+    final = [(dialogue, question) for dialogue in dialogues for question in dialogue.final_questions()]
     known = sorted({question.category for _, question in final})
     if not final:
         raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
     if args.paper and (is_synthetic or known[-1] > 5 or args.split != "test"):
         raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo, and no other --split")
-    for number in args.category or []:
-        if number not in known:
-            raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
+    for number in {*(args.category or [])} - {*known}:
+        raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
     chosen = [pair for pair in final if pair[1].category in (args.category or known)]
     n, count = len(chosen), min(limit or len(chosen), len(chosen))
-    is_spread = len(final) == len(dialogues)  # one question per dialogue, sorted by category: take some of each
-    wanted: dict[str, list[Question]] = {}
-    for dialogue, question in (chosen[i * n // count if is_spread else i] for i in range(count)):
-        wanted.setdefault(dialogue, []).append(question)
+    if len(final) == len(dialogues):  # one question per dialogue, sorted by category: take some of each
+        chosen = [chosen[i * n // count] for i in range(count)]
     turns = report.checksum(repr((dialogue.id, dialogue.turns)).encode() for dialogue in dialogues)
-    return [replace(one, questions=tuple(wanted[one.id])) for one in dialogues if one.id in wanted], turns
-
-
-def batches(items: Sequence, size: int) -> list:
-    """[1, 2, 3], 2 -> [[1, 2], [3]]"""
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-
-class TimedPolicy:
-    """A policy that records the seconds and the number of generated tokens of each prompt."""
-
-    def __init__(self, policy):
-        self.policy, self.name, self.encode, self.using = policy, policy.name, policy.encode, policy.using
-        self.seconds, self.tokens = [], []
-
-    def sample(self, prompts, *args, **options):
-        start = time.perf_counter()
-        groups = self.policy.sample(prompts, *args, **options)
-        self.seconds += [(time.perf_counter() - start) / len(prompts)] * len(prompts)
-        self.tokens += [sum(len(completion.ids) for completion in group) for group in groups]
-        return groups
+    return [replace(dialogue, questions=tuple(question for _, question in pairs))
+            for dialogue, pairs in groupby(chosen[:count], key=lambda pair: pair[0])], turns
 
 
 class Reranker:
@@ -91,10 +72,10 @@ class Reranker:
                 name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
             if loading["missing_keys"]:  # transformers would initialize these weights at random
                 raise ValueError(f"no weights for {min(loading['missing_keys'])}")
-            self.model.to(device).eval().requires_grad_(False)
         except Exception as error:  # a broken folder or a missing network can raise almost anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UsageError(f"--reranker {name}: cannot be loaded ({reason}); give a cross-encoder") from error
+        self.model.to(device).eval().requires_grad_(False)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
@@ -105,4 +86,4 @@ class Reranker:
         pairs = self.tokenizer([question] * len(memories), [memory.text for memory in memories], padding=True,
                                truncation=True, max_length=256, return_tensors="pt").to(self.model.device)
         scores = self.model(**pairs).logits[:, -1].tolist()  # the only label, or "match" of (no match, match)
-        return [memories[i] for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]]
+        return [memories[i] for i in np.argsort(scores)[::-1][:k]]

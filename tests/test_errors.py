@@ -105,7 +105,7 @@ evaluate --category 7 => --category 7: synthetic, split test, has 1, 2, 3, 4
 evaluate --limit 0 => --limit 0: must be at least 1
 evaluate --top-k -3 => --top-k -3: must be at least 0
 evaluate --floor nan => --floor nan: must be a finite number
-evaluate --floor 7 => --floor 7.0: must be from 0 to 1
+evaluate --floor 7 => --floor 7.0: must be at most 1
 evaluate --memories 4,x => argument --memories: '4,x' must be positive numbers
 evaluate --system magic => argument --system: invalid choice: 'magic'
 evaluate --system oracle --data locomo.json => --system oracle needs known operations
@@ -127,10 +127,10 @@ evaluate --data silent.json => there is no question; take another split or file
 evaluate --data nowhere => --data nowhere: neither a benchmark
 evaluate --model ./nowhere => nowhere: no config.json there
 evaluate --out x.txt => --out x.txt: give a name that ends in .json
-evaluate --out locomo.json => locomo.json: cannot be read (it holds no results)
+evaluate --out locomo.json => locomo.json: cannot be continued, as it holds no results
 evaluate --out torn.json/x.json => cannot be written (File exists)
-evaluate --compare a.json b.json => a.json: cannot be read (No such file or directory); give a file that evaluate.py
-evaluate --compare locomo.json locomo.json => locomo.json: cannot be read (it holds no results)
+evaluate --compare a.json b.json => a.json: there are no answers of evaluate.py --out; give FILE.json
+evaluate --compare locomo.json locomo.json => locomo.json: there are no answers
 """.strip().splitlines()]
 
 

@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("share", [0, 0.03, 0.3, 0.77, 0.999])
 def test_a_killed_evaluation_continues_to_the_same_results(whole, share):
-    Path("x.json").write_text(json.dumps({**json.loads(whole[0]), "rows": []}))
+    Path("x.json").write_text(json.dumps({"rows": []}, indent=1))
     Path("x.predictions.jsonl").write_bytes(whole[1][:int(share * len(whole[1]))])
     found, lines = run(*TWO, "x.json")
     assert without_seconds(found) == without_seconds(json.loads(whole[0]))
@@ -45,7 +45,7 @@ def test_ctrl_c_loses_nothing_that_was_answered(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate, "append_rows", stop_after_two)
         run(*TWO, "x.json")
-    assert len(report.read_predictions("x.predictions.jsonl")) == 8 and read("x.json")[0]["rows"] == []
+    assert len(report.read_predictions("x.json")) == 8 and read("x.json")[0]["rows"] == []
     assert [row["overall"]["n"] for row in run(*TWO, "x.json")[0]["rows"]] == [14, 14]
 
 
@@ -68,8 +68,10 @@ def test_systems_reported_before_stay_in_the_report():
     found, lines = run("--system", "none", "--limit", "2", "--out", "x.json")
     assert found["rows"][0] == before["rows"][0] and [row["system"] for row in found["rows"]] == ["rag", "none"]
     assert len(lines) == 6 and [row["overall"]["n"] for row in found["rows"]] == [4, 2]
-    with pytest.raises(UsageError, match="'rag' was evaluated with other settings .seed was 1"):
+    with pytest.raises(UsageError, match="'none' was evaluated with other settings .*seed was 1"):
         run("--system", "none", "--limit", "2", "--seed", "2", "--out", "x.json")
+    found, _ = run("--system", "oracle", "--limit", "2", "--seed", "2", "--out", "x.json")
+    assert [(row["system"], row["seed"]) for row in found["rows"]] == [("rag", 1), ("none", 1), ("oracle", 2)]
 
 
 # ------------------------------------------------------------------------------------------------ refused
@@ -107,20 +109,26 @@ def test_answers_about_a_conversation_that_has_changed_are_refused():
 
 
 def test_answers_without_recorded_settings_are_refused():
+    found, lines = rag()
+    content = "".join(json.dumps({key: line[key] for key in line if key != "settings"}) + "\n" for line in lines)
+    Path("x.predictions.jsonl").write_text(content)
+    with pytest.raises(UsageError, match="lines that are no predictions"):
+        rag()
+    assert Path("x.predictions.jsonl").read_text() == content
+
+
+def test_a_report_without_answers_is_replaced():
     found, _ = rag()
-    Path("x.json").write_text(json.dumps({**found, "systems": {}}))
-    with pytest.raises(UsageError, match="other settings .x.json does not record them"):
-        rag()
-    Path("x.json").unlink()
-    with pytest.raises(UsageError, match="other settings .x.json does not record them"):
-        rag()
-
-
-def test_settings_without_answers_are_replaced():
-    rag()
     Path("x.predictions.jsonl").unlink()
     found, lines = rag("--top-k", "3")
-    assert found["settings"]["top_k"] == 3 and len(lines) == 4 and len(found["rows"]) == 1
+    assert found["rows"][0]["top_k"] == 3 and len(lines) == 4 and len(found["rows"]) == 1
+
+
+def test_another_json_file_is_not_overwritten():
+    Path("x.json").write_text('{"a": 1}')
+    with pytest.raises(UsageError, match="x.json: cannot be continued"):
+        rag()
+    assert Path("x.json").read_text() == '{"a": 1}' and not Path("x.predictions.jsonl").exists()
 
 
 def test_foreign_files_are_refused():
@@ -135,7 +143,7 @@ def test_foreign_files_are_refused():
 
 class Judge:
     """A judge that compares exactly, or fails."""
-    model, unreadable = "judge", 0
+    model = "judge"
 
     def __init__(self, is_available):
         self.is_available = is_available
@@ -158,7 +166,7 @@ def test_a_judge_that_fails_loses_its_column_only(monkeypatch, capsys):
     monkeypatch.setattr(Policy, "sample", None)
     found, lines = rag("--judge", "endpoint")
     assert found["rows"][0]["overall"]["judge"] == np.mean([line["judge"] for line in lines])
-    assert found["judge"] == {"model": "judge", "unreadable": 0}
+    assert {line["judge_model"] for line in lines} == {"judge"}
     assert [line["judge"] for line in lines] == [float(line["prediction"] == line["gold"]) for line in lines]
     assert [line["judge_reason"] for line in lines] == [f"{line['prediction']} or {line['gold']}" for line in lines]
 
@@ -196,7 +204,7 @@ def test_a_hosted_manager_that_fails_loses_no_answer_and_no_reply(start_server):
     flags = ("--system", "rag", "--manager", "endpoint", "--limit", "2", "--out", "x.json")
     with pytest.raises(UsageError, match="MANAGER_URL"):
         run(*flags)
-    assert len(report.read_predictions("x.predictions.jsonl")) == 2
+    assert len(report.read_predictions("x.json")) == 2
     server = start_server(calls=99)
     assert len(run(*flags)[1]) == 4 and len(server.requests) == 15
 

@@ -1,4 +1,4 @@
-"""Figures of a run, of several runs and of an evaluation; the table of runs."""
+"""Figures of a run and of several runs; the table of runs."""
 import json
 import math
 import sys
@@ -69,7 +69,7 @@ def test_several_runs(two_runs, tmp_path):
 def test_a_run_in_progress_has_a_row(tmp_path):
     steps = [{"step": 1, "reward": 0.5, "seconds": 6}, {"step": 0, "eval": "untrained", "em": 0.25}]
     assert table_of_runs([read_run(write_run(tmp_path / "c", steps))]).splitlines() == [
-        "| run | em | minutes | explained variance |", "|---|---|---|---|",
+        "| run | em | minutes | explained variance |", "| --- | --- | --- | --- |",
         "| c: untrained | 0.250 |  |  |", "| c: trained |  | 0.1 |  |"]
 
 
@@ -81,14 +81,3 @@ def test_the_command(two_runs, monkeypatch, tmp_path, capsys):
     assert Path("curves.png").read_bytes().startswith(PNG)
     with pytest.raises(UsageError, match="ends in .png, .pdf or .svg"):
         plots.main(["a", "--out", "c.foo"])
-
-
-def test_an_evaluation(tmp_path):
-    pytest.importorskip("matplotlib")
-    part = {"n": 2, "f1": 0.5, "interval": {"f1": [0.25, 0.75]}}
-    rows = [{"system": f"rag, {count} memories", "source": "rag", "answer": "base", "memories": count, "overall": part,
-             "by_category": {1: part, 4: part}} for count in (4, 8)]
-    for tables, panels in (([rows[:1]], 1), ([rows], 2), ([rows, rows[:1]], 3)):
-        plots.plot_evaluation(tmp_path / f"{panels}.png", tables)
-    heights = [int.from_bytes((tmp_path / f"{panels}.png").read_bytes()[20:24]) for panels in (1, 2, 3)]
-    assert heights == [round(150 * (0.5 + 3.5 * panels)) for panels in (1, 2, 3)]
