@@ -42,9 +42,9 @@ reference answer (Mem0's definitions); F1 LoCoMo: that benchmark's own F1.
 Brackets: 95 % bootstrap intervals over questions. bank: memories at the end.
 ADD/UPD/DEL/NOOP: operations of the Manager. agree: turns whose edit equals the
 reference operation. invalid: outputs without a readable answer. cut: prompts
-that dropped memories to fit. ms: median/95th percentile, over banks a turn and
-over answers, each a mean of its batch (--at-once 1: of single calls).
-All numbers but bank and times are in percent."""
+that dropped memories to fit. All numbers but bank and times are in percent.
+ms: median/95th percentile. A value is a mean over its batch (see --at-once) and,
+for the Manager, over the turns of a dialogue, without extracting facts."""
 
 
 @lru_cache(maxsize=1)
