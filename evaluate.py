@@ -31,7 +31,7 @@ from policy import Policy
 from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import Reranker, agent_name, batches, find_runs, select_questions
+from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
 from support.judge import gold_of, make_judge
 from support.run import append_rows, check_distill, to_json_safe
 
@@ -151,7 +151,7 @@ class Evaluator:
                        for system in systems for agent in (system.source, system.answer)}
         self.settings = to_json_safe(self.describe(systems))
         self.lines = report.load_previous(args.out, self.settings)
-        report.write_results(args.out, self.lines, args.seed)
+        report.write_results(args, self.lines)
 
     def describe(self, systems: Sequence[System]) -> dict[str, dict]:
         """{name of a system: everything that its answers depend on}"""
@@ -174,14 +174,15 @@ class Evaluator:
                     self.answer_questions(system, lines, banks)
 
     def build_banks(self, source: str, dialogues: Sequence[Dialogue]) -> dict[str, tuple]:
-        """{dialogue id: (speakers, bank, its description)}. "seconds" are per turn, without the extraction of facts."""
+        """{dialogue id: (speakers, bank, its description)}. The times do not include the extraction of facts."""
         args, (policy, adapter) = self.args, self.agents[source]
         max_prompt_tokens = None if source == "endpoint" else args.max_prompt_tokens
         settings = manager.Settings(args.top_k, args.extract, max_prompt_tokens, args.max_new_tokens)
-        agent = manager.Manager(policy, adapter, settings, self.facts[policy.name])
+        timed = TimedPolicy(policy)
+        agent = manager.Manager(timed, adapter, settings, self.facts[policy.name])
         if source not in (*RAW, "oracle"):
             agent.read_facts(dialogues)
-        start = time.perf_counter()
+        start, timed.seconds = time.perf_counter(), []
         if source in RAW:
             builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder)) for dialogue in dialogues]
         elif source == "oracle":
@@ -191,10 +192,10 @@ class Evaluator:
         else:
             progress = f"{agent_name(source)}: reading {len(dialogues)} dialogues"
             builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
-        seconds = (time.perf_counter() - start) / sum(len(dialogue.turns) for dialogue in dialogues)
+        seconds = (time.perf_counter() - start) / len(dialogues)
         return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
-            "num_labeled": build.num_labeled, "seconds": seconds})
+            "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(timed.seconds)})
             for dialogue, build in zip(dialogues, builds, strict=True)}
 
     def find_memories(self, system: System, question: str, speakers, bank: MemoryBank) -> tuple[list[Memory], tuple]:
@@ -248,7 +249,7 @@ class Evaluator:
             if self.judge:
                 self.add_verdicts(sum(lines, []))
         finally:
-            report.write_results(self.args.out, self.lines, self.args.seed)
+            report.write_results(self.args, self.lines)
             rows = [report.make_row(some, self.args.seed) for some in lines]
             print(report.format_report(f"{self.args.data}, split {self.args.split}", dialogues, rows, self.args.paper))
 
@@ -307,13 +308,13 @@ class SystemFlags:
 def arguments(argv=None) -> argparse.Namespace:
     """The flags, with defaults for the given data and model. Refuses what makes no sense."""
     first = Parser(add_help=False)
-    add_flags(first, SharedFlags)
+    add_flags(first, "", SharedFlags, {})
     chosen, _ = first.parse_known_args(argv)
     presets = (REAL_DATA if chosen.data != "synthetic" else {}) | ({} if is_tiny(chosen.model) else REAL_MODEL)
     parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
                     epilog="examples:\n" + __doc__.split("\n\n")[1])
-    add_flags(parser, SystemFlags, "systems and reports (none named: baselines, base, and all in runs/)")
-    add_flags(parser, SharedFlags, "data, models and memory (defaults for the given --data and --model)", presets)
+    add_flags(parser, "systems and reports (none named: baselines, base, and all in runs/)", SystemFlags, {})
+    add_flags(parser, "data, models and memory (defaults for the given --data and --model)", SharedFlags, presets)
     args = parser.parse_args(argv)
     for flag_name, agents in (("--manager", args.manager), ("--answer", args.answer)):
         for agent in {*BASELINES} & {*(agents or [])}:

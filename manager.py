@@ -218,7 +218,7 @@ def make_case(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) ->
 @dataclass
 class Manager:
     """A model that keeps memory banks."""
-    policy: Policy  # or a hosted model with the same methods: support.endpoint.EndpointPolicy
+    policy: Policy  # or a hosted model with the same methods: support.endpoint.Endpoint
     adapter: str | None = None  # None: the base model, LoRA off
     settings: Settings = Settings()
     facts: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # {(dialogue id, turn id): facts}

@@ -1,5 +1,6 @@
-"""Parts of an evaluation: runs to find, questions to select, and an optional reranker."""
+"""Parts of an evaluation: runs to find, questions to select, timing, and an optional reranker."""
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -60,6 +61,22 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
     turns = report.checksum(repr((dialogue.id, dialogue.turns)).encode() for dialogue in dialogues)
     return [replace(dialogue, questions=tuple(question for _, question in pairs))
             for dialogue, pairs in groupby(chosen[:count], key=lambda pair: pair[0])], turns
+
+
+class TimedPolicy:
+    """A policy that records the seconds of each prompt: its share of the time of the batch."""
+
+    def __init__(self, policy):
+        self.policy, self.seconds = policy, []
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def sample(self, prompts, *args, **options):
+        start = time.perf_counter()
+        groups = self.policy.sample(prompts, *args, **options)
+        self.seconds += [(time.perf_counter() - start) / len(prompts)] * len(prompts)
+        return groups
 
 
 class Reranker:

@@ -43,8 +43,8 @@ Brackets: 95 % bootstrap intervals over questions. bank: memories at the end.
 ADD/UPD/DEL/NOOP: operations of the Manager. agree: turns whose edit equals the
 reference operation. invalid: outputs without a readable answer. cut: prompts
 that dropped memories to fit. All numbers but bank and times are in percent.
-ms: median/95th percentile. A value is a mean over its batch (see --at-once) and,
-for the Manager, over the turns of a dialogue, without extracting facts."""
+ms: median/95th percentile; each prompt counts with its share of the time of its
+batch, so give --at-once 1 to time single calls. Extracting facts is not timed."""
 
 
 @lru_cache(maxsize=1)
@@ -86,8 +86,8 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile."""
-    return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95)}
+    """Median and 95th percentile; 0 without values."""
+    return {f"p{q}": float(np.percentile(seconds or [0], q)) for q in (50, 95)}
 
 
 def summarize(lines: Sequence[dict], seed: int) -> dict:
@@ -119,7 +119,8 @@ def make_row(lines: Sequence[dict], seed: int) -> dict:
             "invalid_rate": fmean(not line["is_valid"] for line in lines),
             "cut_rate": fmean(line["dropped"] > 0 for line in lines),
             "at_once": max(line["at_once"] for line in lines),
-            "latency": {"manager": percentiles([bank["seconds"] for bank in banks]),
+            "seconds": sum(bank["seconds"] for bank in banks) + sum(sum(line["seconds"].values()) for line in lines),
+            "latency": {"manager": {q: fmean(bank["calls"][q] for bank in banks) for q in ("p50", "p95")},
                         "search": percentiles([line["seconds"]["search"] for line in lines]),
                         "answer": percentiles([line["seconds"]["answer"] for line in lines])}}
 
@@ -210,16 +211,17 @@ def read_predictions(path: str | Path) -> dict[tuple, dict]:
         raise UsageError(f"{predictions_path(path)} has lines that are no predictions: choose another file") from None
 
 
-def write_results(path: str | None, lines: dict[tuple, dict], seed: int) -> None:
+def write_results(args, lines: dict[tuple, dict]) -> None:
     """Replace FILE.json, which has a row for every system that has answers, and FILE.predictions.jsonl."""
-    if path:
+    if args.out:
         systems = {system: [line for line in lines.values() if line["system"] == system] for system, *_ in lines}
-        rows = {"rows": [make_row(some, seed) for some in systems.values()]}
+        results = {"data": args.data, "split": args.split,
+                   "rows": [make_row(some, args.seed) for some in systems.values()]}
         predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
-        with disk_errors(Path(path).parent):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_file(Path(path), json.dumps(to_json_safe(rows), indent=1).encode() + b"\n")
-            write_file(predictions_path(path), predictions.encode("utf-8", "replace"))
+        with disk_errors(Path(args.out).parent):
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            write_file(Path(args.out), json.dumps(to_json_safe(results), indent=1).encode() + b"\n")
+            write_file(predictions_path(args.out), predictions.encode("utf-8", "replace"))
 
 
 def load_previous(path: str | None, settings: dict[str, dict]) -> dict[tuple, dict]:

@@ -147,10 +147,11 @@ def test_without_flags_every_run_in_runs_is_evaluated(tmp_path, monkeypatch, cap
     assert len(lines) == 5 * 12 and shown.out.count("5 questions") == 2 and shown.out.count("EM: ") == 1
     assert all(len(line) <= 80 for line in shown.out.split("5 questions")[1].splitlines())  # a terminal's width
     for row in found["rows"]:
-        assert {"system", "overall", "by_category", "bank_size", "ops", "latency"} <= set(row)
+        assert {"system", "overall", "by_category", "bank_size", "ops", "seconds", "latency"} <= set(row)
         assert {"n", "em", "f1", "bleu1", "judge"} <= set(row["overall"]) and row["overall"]["n"] == 5
         assert sum(part["n"] for part in row["by_category"].values()) == 5
-    assert {(row["data"], row["split"]) for row in found["rows"]} == {("synthetic", "test")}
+    assert {(found["data"], found["split"])} | {(row["data"], row["split"]) for row in found["rows"]} == {
+        ("synthetic", "test")}
     by_name = {row["system"]: row for row in found["rows"]}
     assert by_name["oracle"]["overall"]["em"] > by_name["none"]["overall"]["em"] and by_name["none"]["bank_size"] == 0
     assert by_name["add-all"]["ops"] == {"ADD": 8} and by_name["oracle"]["agreement"] == 1

@@ -70,7 +70,8 @@ def test_a_row_by_hand():
                 "settings": {"system": "s"},
                 "bank": {"size": 4 if dialogue == "a" else 8, "ops": {"ADD": 2, "NOOP": 1},
                          "num_matching": 2, "num_labeled": 3,
-                         "seconds": 0.2 if dialogue == "a" else 0.4}, **more}
+                         "seconds": 0.2 if dialogue == "a" else 0.4,
+                         "calls": {"p50": 0.2 if dialogue == "a" else 0.4, "p95": 0.5}}, **more}
     lines = [line("a", "1", 4, 1.0), line("a", "2", 4, 0.0), line("a", "3", 1, 1.0), line("b", "1", 4, 1.0, dropped=2)]
     row = report.make_row(lines, 0)
     assert row["system"] == "s" and row["at_once"] == 64
@@ -80,8 +81,8 @@ def test_a_row_by_hand():
         (1, 1, ("multi-hop", "Single Hop")), (4, 3, ("single-hop", "Open Domain"))]
     assert row["by_category"][4]["em"] == pytest.approx(2 / 3)
     assert (row["bank_size"], row["ops"], row["agreement"]) == (6, {"ADD": 4, "NOOP": 2}, pytest.approx(2 / 3))
-    assert (row["cut_rate"], row["invalid_rate"]) == (0.25, 0)
-    assert row["latency"] == {"manager": pytest.approx({"p50": 0.3, "p95": 0.39}),
+    assert (row["cut_rate"], row["invalid_rate"], row["seconds"]) == (0.25, 0, pytest.approx(0.6 + 4 * 0.101))
+    assert row["latency"] == {"manager": pytest.approx({"p50": 0.3, "p95": 0.5}),
                               "search": pytest.approx({"p50": 0.001, "p95": 0.001}),
                               "answer": pytest.approx({"p50": 0.1, "p95": 0.1})}
     marked = [{**one, "judge": 1.0} for one in lines]
