@@ -1,5 +1,6 @@
 """Shared by several tests: policies that follow a rule or sample letters at random, and a local server."""
 import json
+import signal
 import socket
 import string
 import threading
@@ -184,3 +185,11 @@ def serve(monkeypatch):
     for http in running:
         http.shutdown()
         http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def handle_ctrl_c():
+    """Python ignores Ctrl-C in a process that a shell script started in the background. Handle it here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -54,8 +54,8 @@ def test_memory_shows_a_bank_a_search_and_a_fork():
     assert bank.count("Memory(id=") == 3
     scores = [float(score) for score in re.findall(r"^  (\d\.\d\d)  ", found, re.MULTILINE)]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True) and "Buddy" in found.splitlines()[1]
-    before, as_it_was, after = fork.splitlines()
-    assert "Scout" in before and "Scout" in after and "Scout" not in as_it_was
+    on_the_fork, in_the_bank = fork.splitlines()
+    assert "Scout" in on_the_fork and "Scout" not in in_the_bank
     assert all(len(line) <= 80 for line in ran.stdout.splitlines())
 
 

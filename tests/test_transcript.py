@@ -78,7 +78,7 @@ def test_evidence_links_questions_to_turns_and_their_category_has_a_name(load):
     assert {turn: [one.text for one in questions] for turn, questions in linked_questions(dialogue).items()} == {
         "D1:2": ["Which car does Gina have?"], "D2:1": ["Which car does Gina have?"]}
     assert dialogue.final_questions() == list(dialogue.questions)
-    assert set(transcript.CATEGORIES) <= set(report.NAMES)
+    assert set(transcript.CATEGORIES) <= set(report.CATEGORY_NAMES)
 
 
 @pytest.mark.parametrize("content, message", [

@@ -46,14 +46,6 @@ def whole(tmp_path_factory, tiny_folder):
     return of
 
 
-@pytest.fixture(autouse=True)
-def handle_ctrl_c():
-    """Python ignores Ctrl-C in a process that a shell script started in the background. Handle it here."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
 def ctrl_c(times):
