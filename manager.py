@@ -249,7 +249,6 @@ class Manager:
 class BankBuild:
     """A bank and the record of how it was built."""
     bank: MemoryBank
-    history: list[tuple[Memory, ...]] = field(default_factory=list)  # the memories before each turn
     decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # one per completion
     ops: Counter = field(default_factory=Counter)  # edits by event; "invalid" counts completions
     num_matching: int = 0  # turns whose edit equals the reference operation
@@ -266,15 +265,13 @@ def bank_report(builds: Sequence[BankBuild]) -> dict:
             "agreement": sum(build.num_matching for build in builds) / num_labeled if num_labeled else None}
 
 
-def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable, keep_history=False, progress=""):
+def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable, progress=""):
     """decide([(build, dialogue, turn), ...]) gives the edits for turn i of all dialogues; None changes nothing."""
     builds = [BankBuild(MemoryBank(embedder)) for _ in dialogues]
     columns = list(zip_longest(*(dialogue.turns for dialogue in dialogues)))  # turn i of each, None after its last
     for turns in tqdm(columns, desc=progress, disable=None if progress else True, leave=False):
         batch = [step for step in zip(builds, dialogues, turns, strict=True) if step[2]]
         for (build, _, turn), edits in zip(batch, decide(batch), strict=True):
-            if keep_history:
-                build.history.append(tuple(build.bank))
             if turn.operation:
                 named = [Operation(edit.event, "" if edit.id is None else build.bank[edit.id].text, edit.text)
                          for edit in edits or []]
@@ -286,7 +283,7 @@ def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable,
     return builds
 
 
-def build_banks(manager: Manager, dialogues, embedder, keep_history=False, progress="") -> list[BankBuild]:
+def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[BankBuild]:
     """Alg. 3 for each dialogue: M = {}; for each turn t: f = LLMExtract(t), o = Manager(f, TopK(f, M)), M = o(M)."""
     def decide(batch):
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
@@ -299,7 +296,7 @@ def build_banks(manager: Manager, dialogues, embedder, keep_history=False, progr
         return [edits for edits, _ in predicted]
 
     manager.read_facts(dialogues)
-    return build_in_lockstep(dialogues, embedder, decide, keep_history, progress)
+    return build_in_lockstep(dialogues, embedder, decide, progress)
 
 
 def oracle_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
@@ -311,10 +308,10 @@ def oracle_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
     return [Edit(operation.event, ids[0], operation.text) if ids else Edit("NOOP")]
 
 
-def oracle_banks(dialogues: Sequence[Dialogue], embedder, keep_history: bool = False) -> list[BankBuild]:
+def oracle_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
     """Upper bound on synthetic data: banks built with the reference operations."""
-    return build_in_lockstep(dialogues, embedder, keep_history=keep_history,
-                             decide=lambda batch: [oracle_edits(build.bank, turn) for build, _, turn in batch])
+    return build_in_lockstep(dialogues, embedder,
+                             lambda batch: [oracle_edits(build.bank, turn) for build, _, turn in batch])
 
 
 def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = None) -> list[BankBuild]:

@@ -201,16 +201,14 @@ def test_banks_without_a_model(build, edit_of):
             for event, turn in zip(events, dialogue.turns, strict=True))
         times = {turn.id: turn.time for turn in dialogue.turns}
         assert all(memory.time in {times[turn] for turn in one.sources[memory.id]} for memory in one.bank)
-        assert not one.history and not one.decisions
+        assert not one.decisions
 
 
-def test_the_history_of_a_bank():
-    dialogues = ragged()
-    for one, dialogue in zip(oracle_banks(dialogues, HASH, keep_history=True), dialogues, strict=True):
-        assert len(one.history) == len(dialogue.turns)
-        for i, before in enumerate(one.history):
-            earlier = replace(dialogue, turns=dialogue.turns[:i])
-            assert [(memory.speaker, memory.text) for memory in before] == replayed(
+def test_the_bank_before_every_turn():
+    for dialogue in ragged():
+        beginnings = [replace(dialogue, turns=dialogue.turns[:i]) for i in range(len(dialogue.turns))]
+        for one, earlier in zip(oracle_banks(beginnings, HASH), beginnings, strict=True):
+            assert [(memory.speaker, memory.text) for memory in one.bank] == replayed(
                 earlier, lambda turn: (turn.operation.event, turn.operation.old_memory, turn.operation.text))
 
 
@@ -230,8 +228,8 @@ def test_lockstep_equals_one_by_one(fake, extract, is_tight):
     dialogues, policy = ragged(), fake(by_checksum)
     limit = len(manager.SYSTEM.split()) + (60 if extract else 36) if is_tight else None
     options = Settings(top_k=3, extract=extract, max_prompt_tokens=limit, max_new_tokens=99)
-    together = build_banks(Manager(policy, "manager", options), dialogues, HASH, keep_history=True)
-    alone = [build_banks(Manager(fake(by_checksum), "manager", options), [dialogue], HASH, keep_history=True)[0]
+    together = build_banks(Manager(policy, "manager", options), dialogues, HASH)
+    alone = [build_banks(Manager(fake(by_checksum), "manager", options), [dialogue], HASH)[0]
              for dialogue in dialogues]
     for a, b in zip(together, alone, strict=True):
         assert list(a.bank) == list(b.bank) and replace(a, bank=None) == replace(b, bank=None)
