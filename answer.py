@@ -95,7 +95,7 @@ def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str,
 
 
 def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True) -> str:
-    """The user message. The question also comes first, so a causal model knows it when it reads memories (2307.03172)."""
+    """The user message. The question comes first too: a causal model then reads memories with it (2307.03172)."""
     blocks, start = [], 1
     for speaker, own in shown.items():
         blocks.append(f"{sanitize_for_prompt(f'memories of {speaker}:')}\n{memory_lines(own, start)}")

@@ -238,7 +238,7 @@ class Manager:
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
-        """For each case: (greedy edits or None if invalid, number of memories dropped). NOOP for a case without facts."""
+        """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
         edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])

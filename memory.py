@@ -189,8 +189,8 @@ def search_index(index, query, k):
 @dataclass
 class SpeakerIndex:
     """
-    The vectors of one speaker. The index `main` holds all vectors at the time when it was built, `recent` those added or
-    replaced since then. Neither is ever edited, so forks share both; a search rebuilds them if changes require it.
+    The vectors of one speaker. The index `main` holds all vectors of the time when it was built, `recent` those added
+    or replaced since then. Neither is ever edited, so forks share both; a search rebuilds them if changes require it.
     """
     vectors: dict = field(default_factory=dict)  # id -> (dim,)
     changed: set = field(default_factory=set)  # ids added, replaced or removed since `main` was built

@@ -11,8 +11,9 @@ Both agents of Memory-R1 (arXiv 2508.19828, sec. 3) are such policies. The paper
 here one set of frozen weights plays every role, and a role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every
 linear layer except the head:  h = W x + (alpha / r) B A x.  B = 0 at the start, so a new adapter changes nothing.
 
-Prompts are long, completions short, and G completions share a prompt. No prompt is therefore computed twice:
-  - `sample` reads each distinct prompt once; its completions attend to that key-value cache (support/attention.py).
+Prompts are long, completions short, and G completions share a prompt. Where the model allows it (`PACKABLE`), one batch
+of `sample` and one call of `score` therefore compute a prompt only once:
+  - `sample` lets the completions attend to the prompt's one key-value cache (support/attention.py).
   - `score` packs a group into one row, [prompt | c_1 | ... | c_G] (support/packing.py).
 There is no top-p or top-k: training needs log-probs under the distribution that was sampled from, and that is
 softmax(logits / temperature) in `sample` and in `score`.
@@ -243,7 +244,7 @@ class Policy:
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
         rows = [tuple(prompt) for prompt in local_shard(prompts) for _ in range(n)]
-        keys = rows if temperature == 0 else range(len(rows))
+        keys = rows if temperature == 0 else range(len(rows))  # greedy: equal prompts have equal keys
         rows, done = dict(zip(keys, rows, strict=True)), {}
         waiting = sorted(rows, key=lambda key: (len(rows[key]), rows[key]), reverse=True)  # equal prompts adjacent
         while waiting:
@@ -294,7 +295,7 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The last hidden states that predict the completion tokens, (T, H)."""
-        for layer in self.checkpointed:  # only in training; sampling needs the key-value cache
+        for layer in self.checkpointed:  # transformers checkpoints a layer only in training mode
             layer.training = torch.is_grad_enabled()
         states = self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention,
                                        position_ids=batch.positions, use_cache=False).last_hidden_state

@@ -85,9 +85,9 @@ class Rollouts:
 
 class Critic(nn.Module):
     """
-    V(s) = w . h(s) / sqrt(H) + b: the expected reward of a completion. h is the last hidden state under the critic's own
-    adapter. At the start b = 0 and w is small, but not 0: with w = 0 the adapter gets no gradient, and on the tiny model
-    it never learned. The factor 1 / sqrt(H) is needed because Adam moves each of the H weights by about its learning rate.
+    V(s) = w . h(s) / sqrt(H) + b: the expected reward of a completion. h is the last hidden state under the critic's
+    own adapter. At the start b = 0 and w is small, but not 0: with w = 0 the adapter gets no gradient, and on the tiny
+    model it never learned. 1 / sqrt(H), because Adam moves each of the H weights by about its learning rate.
     """
 
     def __init__(self, policy: Policy, like: str):
@@ -175,7 +175,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
 def value_loss(values, values_old, returns, mask, clip):
     """
     1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: no gradient once V has moved by eps
-    towards R. Not in the PPO paper, but in OpenAI's implementation. The mean is over each completion. (N, C) x 4 -> (N,)
+    to R. Not in the PPO paper, but in OpenAI's implementation. The mean is over each completion. (N, C) x 4 -> (N,)
     """
     error = (values - returns) ** 2
     if clip > 0:

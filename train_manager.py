@@ -1,6 +1,6 @@
 """
-Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). The only signal is whether the questions
-linked to a turn are answered correctly from the edited bank.
+Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). In reinforcement learning the only signal
+is whether the questions linked to a turn are answered correctly from the edited bank.
 
     python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
@@ -8,10 +8,11 @@ linked to a turn are answered correctly from the edited bank.
     torchrun --nproc_per_node=4 train_manager.py --model ...  # one process per GPU: see support/distributed.py
 
 One episode is one turn of a dialogue:
-1. build the bank before the turn from the `--window` turns before it           ManagerTask.banks_before
+1. find the memories before the turn, from the `--window` turns before it       ManagerTask.banks_before
 2. prompt the Manager with the facts of the turn and the related memories       ManagerTask.make_episode
-3. sample G outputs and apply the edits of each to its own fork of the bank     ManagerTask.apply_and_answer
-4. let the frozen Answer Agent answer the linked questions from each fork       ManagerTask.apply_and_answer
+3. sample G outputs                                                             grpo.train, ppo.train
+4. apply each output's edits to its own fork of the bank, and let the frozen
+   Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
 
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here

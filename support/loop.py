@@ -19,7 +19,7 @@ from support.cli import from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
 
-PATIENCE = 5  # steps in a row that may refuse an update because a number was not finite
+PATIENCE = 5  # a run ends after this many steps in a row with a refused update (a number was not finite)
 
 
 class Task(Protocol):
@@ -68,12 +68,12 @@ class Loop:
         self.policy, self.task, self.run, self.adapter, self.config = policy, task, run, adapter, config
         self.optimizer, self.parameters = None, []
         self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
-        self.refused = []  # tensors for which the last steps refused updates
+        self.refused = []  # names of the tensors for which the last steps, in a row, refused updates
 
     def steps(self, optimizer, first_results=()):
         """
         Yield the step numbers that are left, after seeding the generators and setting the learning rates. `optimizer`
-        holds everything that is trained. `first_results` are reported before the evaluation of the untrained agent.
+        holds everything that is trained. A new run first reports `first_results` and the untrained agent's results.
         """
         self.optimizer, config = optimizer, self.config
         self.parameters = [x for group in optimizer.param_groups for x in group["params"]]
@@ -148,7 +148,7 @@ class Loop:
         return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
 
 
-# ------------------------------------------------------------------------------------------------ of one step
+# ------------------------------------------------------------------------------------------------ helpers of one step
 
 class Update(NamedTuple):
     """The result of `optimizer_step`."""
@@ -159,7 +159,8 @@ class Update(NamedTuple):
 def optimizer_step(optimizer, grad_clip: float, inputs=None) -> Update:
     """
     Sum the gradients over all processes, clip each parameter group to this norm (0: no limit), and step. The update is
-    refused if a gradient, or a tensor of the dataclass `inputs`, is not finite. The norm is the first group's.
+    refused if a gradient, or a tensor of the minibatch `inputs`, is not finite; minibatches are the same in all
+    processes. Parameters must be named (see `Policy.named_parameters`). The norm is the first group's.
     """
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
     distributed.all_reduce_gradients(parameters)
@@ -202,7 +203,7 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
 
 
 def lr_multiplier(step: int, config) -> float:
-    """The learning rate of steps 1, 2, ... as a fraction of its peak: warmup, then linear decay or constant."""
+    """The learning rate of steps 1, 2, ... as a fraction of its peak: the lower of warmup and decay from step 1 on."""
     decay = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
     return min(1.0, step / max(1, config.warmup), decay)
 
