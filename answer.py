@@ -35,9 +35,9 @@ from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, chat_messages, norm
 @dataclass(frozen=True)
 class Settings:
     """How the Answer Agent sees a question. The defaults suit the tiny model."""
-    memories: int = 20  # retrieved in all, half of them for each speaker
+    memories: int = 20  # number of retrieved memories, half of them for each speaker
     distill: bool = True  # the completion selects memories before it answers
-    named_only: bool = False  # only the memories of the speakers that the question names
+    named_only: bool = False  # retrieve only memories of the speakers that the question names
     floor: float | None = None  # lowest similarity of a retrieved memory
     max_prompt_tokens: int | None = 1024  # longer prompts lose their least similar memories; None: no limit
     max_new_tokens: int = 200
@@ -70,7 +70,7 @@ class Answer:
 class AnswerPrompt:
     prompt: list[int]
     shown: list[Memory]  # memory i of the prompt is shown[i - 1]
-    dropped: int  # retrieved memories for which the prompt had no room
+    dropped: int  # number of retrieved memories that did not fit into the prompt
 
 
 def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str,
 
 
 def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True) -> str:
-    """The user message. It begins with the question, for a causal model to look for it in the memories (2307.03172)."""
+    """The user message. The question is first too, so a causal model knows it when it reads memories (2307.03172)."""
     blocks, start = [], 1
     for speaker, own in shown.items():
         blocks.append(f"{sanitize_for_prompt(f'memories of {speaker}:')}\n{memory_lines(own, start)}")
@@ -106,7 +106,7 @@ def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool =
 
 
 def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings):
-    """The AnswerPrompt that shows these memories, given best first; the last are dropped if it gets too long."""
+    """The AnswerPrompt with the memories `ranked`, best first; the last are dropped if the prompt is too long."""
     def messages(memories):
         text = case_text(by_speaker(memories, speakers), question, settings.distill)
         return chat_messages(SYSTEM if settings.distill else SYSTEM_PLAIN, text)
@@ -131,7 +131,7 @@ def parse(completion: str) -> Answer:
     for line in text[:found[-1].start()].splitlines():
         listed = re.match(r"(?i)\s*relevant(?: memories)?\s*:(.*)", line)
         verdict = re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
-        if listed:  # without parentheses that contain letters: "2 (8 May 2023), (5)" selects 2 and 5
+        if listed:  # ignore parentheses with letters: "2 (8 May 2023), (5)" selects 2 and 5
             undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
             selected += re.findall(r"\d{1,4}", undated)
         elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
@@ -180,7 +180,7 @@ def bleu1(prediction: str, reference: str, tokenize=tokens) -> float:
 
 
 def composite(prediction: str, reference: str) -> float:
-    """max(0, EM + F1 - penalty); penalty = (1 - r/c)/2 if the prediction's c words are more than the reference's r."""
+    """max(0, EM + F1 - penalty); penalty = (1 - r/c)/2 if the prediction has c words and the reference only r < c."""
     c, r = len(normalize(prediction).split()), len(normalize(reference).split())
     penalty = (1 - r / c) / 2 if c > r else 0.0
     return max(0.0, exact_match(prediction, reference) + f1(prediction, reference) - penalty)

@@ -41,7 +41,7 @@ LONG = {"count": 8, "num_turns": 100, "memories": 20, "named_only": False, "max_
 REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
 LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
 REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
-REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # where they differ from those of the tiny model
+REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
 RAW = ("none", "rag", "full-context")  # baselines whose banks hold no turns, or raw turns
 BASELINES = (*RAW, "add-all", "oracle")
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
@@ -57,16 +57,16 @@ def scores(prediction, reference, category: int | None = None) -> dict[str, floa
 @dataclass(frozen=True)
 class System:
     system: str  # name in the report
-    source: str  # of the memories: a baseline, "base", "endpoint", or a Manager's folder
+    source: str  # source of the memories: a baseline, "base", "endpoint", or a Manager's folder
     answer: str  # the Answer Agent: "base" or a folder
-    memories: int  # shown with a question, half of each speaker
+    memories: int  # number shown with a question, half of each speaker
     named_only: bool  # only memories of the speakers that the question names
     max_answer_tokens: int
     turns: str = ""  # checksum of the dialogues
 
 
 def make_systems(args, preset: dict, pairs: Sequence[tuple[str, str]], turns: str) -> list[System]:
-    """A system for every pair (source, Answer Agent) and number of memories, under the shortest names that differ."""
+    """A system for every pair (source, Answer Agent) and number of memories. UsageError if two have the same name."""
     counts, systems = args.memories or [preset["memories"]], []
     named_only = preset["named_only"] if args.named_only is None else args.named_only
     is_short = is_tiny(args.model) and max(counts) <= preset["memories"]  # more memories have longer selections
@@ -84,8 +84,8 @@ def make_systems(args, preset: dict, pairs: Sequence[tuple[str, str]], turns: st
 
 def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     """
-    Tables of systems that are asked the same questions: the systems that the flags name, or else the baselines, the
-    base model and all that is in runs/. Then an Answer Agent is tested with the Manager that it was trained with.
+    Tables of systems that answer the same questions: the systems that the flags name, or else the baselines, the base
+    model and all of runs/. In this case an Answer Agent is tested with the base model and the Manager of its training.
     """
     def table(preset, pairs, limit=args.limit):
         dialogues, turns = select_questions(args, preset, limit)
@@ -108,14 +108,14 @@ def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
 
 
 def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
-    """The lines of FILE.predictions.jsonl before the questions are answered."""
+    """The lines of FILE.predictions.jsonl, still without answers."""
     return [{"system": system.system, "dialogue": dialogue.id, "question": question.id, "category": question.category,
              "text": question.text, "gold": question.answer}
             for dialogue in dialogues for question in dialogue.questions]
 
 
 def raw_bank(source: str, dialogue: Dialogue, embedder) -> MemoryBank:
-    """A bank of the raw turns. Those of "full-context" are all shown, under one heading; "none" has no turns."""
+    """A bank of the raw turns. "full-context" stores them under one name, "A and B"; "none" has no turns."""
     bank, turns = MemoryBank(embedder), () if source == "none" else dialogue.turns
     texts = [f"{turn.speaker}: {turn.text}" for turn in turns]
     embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
@@ -125,7 +125,7 @@ def raw_bank(source: str, dialogue: Dialogue, embedder) -> MemoryBank:
 
 
 def load_agent(policy, agent: str, distill: bool) -> tuple:
-    """(policy, name of its adapter), which is None for the base model."""
+    """(policy, name of its adapter). The name is None for the base model, a baseline or an endpoint."""
     if agent == "endpoint":
         return Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/manager.jsonl"), None
     if agent in (*BASELINES, "base"):
@@ -200,8 +200,8 @@ class Evaluator:
 
     def find_memories(self, system: System, question: str, speakers, bank: MemoryBank) -> tuple[list[Memory], tuple]:
         """
-        (Memories for a question, best first; their speakers). A whole dialogue is not searched: its newest turns come
-        first, so that a prompt that is too long drops its oldest turns.
+        (Memories for a question, best first; their speakers). "full-context" does not search: the newest turns come
+        first, so a prompt that is too long drops the oldest turns.
         """
         if system.source == "full-context":
             return [*bank][::-1], (" and ".join(speakers),)
@@ -235,7 +235,7 @@ class Evaluator:
             self.lines |= {report.line_key(line): line for line in batch}
 
     def add_verdicts(self, lines: Sequence[dict]) -> None:
-        """Add the judge's verdicts. The judge caches them: a second call after a failure pays for none twice."""
+        """Add the judge's verdicts. The judge caches its replies, so none is paid for twice after a failure."""
         for line in lines:
             line.pop("judge", None)  # an earlier verdict may be another judge's
         verdicts = self.judge([(line["text"], line["prediction"], gold_of(line)) for line in lines])
@@ -253,8 +253,6 @@ class Evaluator:
             rows = [report.make_row(some, self.args.seed) for some in lines]
             print(report.format_report(f"{self.args.data}, split {self.args.split}", dialogues, rows, self.args.paper))
 
-
-# ------------------------------------------------------------------------------------------------ command line
 
 def parse_counts(text: str) -> list[int]:
     """60,30,10 -> [60, 30, 10]"""
@@ -306,7 +304,7 @@ class SystemFlags:
 
 
 def arguments(argv=None) -> argparse.Namespace:
-    """The flags, with defaults for the given data and model. Refuses what makes no sense."""
+    """The flags, with defaults for the given data and model. UsageError if they contradict each other."""
     first = Parser(add_help=False)
     add_flags(first, "", SharedFlags, {})
     chosen, _ = first.parse_known_args(argv)

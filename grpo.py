@@ -14,13 +14,13 @@ One training step, with the function that does it:
 Differences from Memory-R1:
 1. Its eq. 3 has no clip. Here the ratio is clipped, as GRPO was published.
 2. Its ratio is "per action". Here it is per token, as in the published GRPO and in VERL, which Memory-R1 used.
-3. A group with equal rewards has no policy gradient. Here it is left out of the update, and with it its KL term; it
-   still counts in the mean over completions.
+3. A group with equal rewards has no policy gradient. Here the update skips it, including its KL term; it still counts
+   in the mean over completions.
 4. loss_mean="token" (the default) divides by the mean length of the step's completions instead of by |o_i|.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
-the base model with LoRA off. A new adapter changes nothing, so the reference is where training starts.
+the base model with LoRA off. A new adapter changes nothing, so the reference equals the initial policy.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -59,12 +59,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The input of the update. P counts the groups in here: those of the step whose rewards differ, or some of them."""
+    """The input of the update. P counts only its groups: groups of the step whose rewards differ, or some of them."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids
     logp_old: torch.Tensor  # (N, C)
     advantages: torch.Tensor  # (N,)
-    kept_fraction: float  # of the step's groups, those whose rewards differ
+    kept_fraction: float  # fraction of the step's groups whose rewards differ
     mean_length: float  # tokens per completion, over all groups of the step
     logp_ref: torch.Tensor | None = None  # (N, C); None if beta = 0
 
@@ -102,8 +102,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
     (arXiv 2402.03300, eq. 3). `mean_length` replaces every |o_i|, which gives the mean over all tokens (arXiv
     2503.14476, eq. 8): tokens of long completions then weigh as much as tokens of short ones.
-    logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns the terms of -J per row,
-    (N,), still to be averaged, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
+    logp, logp_old, logp_ref, mask (N, C), advantages (N,). logp_ref None: no KL term. Returns -J per row (N,), before
+    the mean over rows, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
     A = advantages[:, None]  # the same number for every token of a row
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
@@ -148,12 +148,12 @@ def update(policy: Policy, optimizer, rollouts: Rollouts, adapter: str, config: 
 
 
 def accumulate_gradients(policy: Policy, part: Rollouts, num_rows: int, adapter: str, config: Config) -> Counter:
-    """Backward pass of some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
-    with policy.using(adapter):  # also for backward, in which gradient checkpointing computes the layers again
+    """Backward pass for some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
+    with policy.using(adapter):  # also for backward, where gradient checkpointing recomputes the layers
         logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
         losses, kl, is_clipped = grpo_loss(logp, part.logp_old, part.logp_ref, part.advantages, mask, config.clip,
                                            config.beta, part.mean_length if config.loss_mean == "token" else None)
-        # The 1/N of eq. 3: kept_fraction / num_rows = 1 / (all completions of the step), if there is one minibatch.
+        # With one minibatch, kept_fraction / num_rows is the 1/N of eq. 3, where N counts all completions of the step.
         (part.kept_fraction * losses.sum() / num_rows).backward()
     return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item())
 

@@ -33,12 +33,12 @@ from support.text import chat_messages, json_values, normalize_whitespace, sanit
 EVENTS = {"ADD": "+", "UPDATE": "~", "DELETE": "-", "NOOP": "."}  # with the sign that a demo prints
 MAX_TEXT_CHARS = 500  # longer memories and facts are cut
 MAX_OPERATIONS = 32  # per completion; also the most facts of one turn
-MIN_QUOTE_SIMILARITY = 0.6  # an "old_memory" names the most similar memory, if it is at least this similar
+MIN_QUOTE_SIMILARITY = 0.6  # lowest similarity between an "old_memory" and the memory that it names
 
 
 @dataclass(frozen=True)
 class Case:
-    """Input of the Manager for one turn. `memories`: the best match first, while the prompt shows the oldest first."""
+    """Input of the Manager for one turn. `memories`: best match first; the prompt shows the oldest first."""
     speaker: str
     time: str
     facts: tuple[str, ...]
@@ -150,7 +150,7 @@ def parse_edit(operation, shown: list[Memory]) -> Edit | None:
 
 def parse(completion: str, case: Case) -> list[Edit] | None:
     """The edits of a completion, or None if any cannot be applied. '[{"event": "NOOP"}]' -> [Edit("NOOP")]"""
-    operations = None  # until the first list of operations
+    operations = None  # None until a list of operations is found
     for value in json_values(completion):
         if value is None:
             return None
@@ -217,7 +217,7 @@ def make_case(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) ->
 
 @dataclass
 class Manager:
-    """A model that keeps memory banks."""
+    """A model that builds memory banks."""
     policy: Policy  # or a hosted model with the same methods: support.endpoint.Endpoint
     adapter: str | None = None  # None: the base model, LoRA off
     settings: Settings = Settings()
@@ -232,13 +232,13 @@ class Manager:
         return [tuple(parse_facts(text)) for text in generate(self.policy, None, prompts, self.settings.max_new_tokens)]
 
     def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
-        """Extract the facts that the cache lacks. They depend on no bank, so all turns form one batch."""
+        """Extract the facts that are not in the cache. They do not depend on a bank, so all turns form one batch."""
         missing = {(dialogue.id, turn.id): turn for dialogue in dialogues for turn in dialogue.turns
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
-        """Greedy (edits or None if invalid, number of memories dropped) for each case; NOOP for one without facts."""
+        """(Greedy edits, None if invalid; number of memories dropped) of each case. A case without facts gets NOOP."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
         edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
@@ -267,7 +267,7 @@ def bank_report(builds: Sequence[BankBuild]) -> dict:
 
 
 def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable, keep_history=False, progress=""):
-    """decide([(build, dialogue, turn), ...]) gives the edits for turn i of all dialogues; None changes nothing."""
+    """Build all banks in parallel. For turn i of all, decide([(build, dialogue, turn), ...]) returns edits or None."""
     builds = [BankBuild(MemoryBank(embedder)) for _ in dialogues]
     columns = list(zip_longest(*(dialogue.turns for dialogue in dialogues)))  # turn i of each, None after its last
     for turns in tqdm(columns, desc=progress, disable=None if progress else True, leave=False):
@@ -318,7 +318,7 @@ def oracle_banks(dialogues: Sequence[Dialogue], embedder, keep_history: bool = F
 
 
 def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = None) -> list[BankBuild]:
-    """Baseline: banks that store all: the fact of a synthetic turn, else the `facts` of a Manager, else the text."""
+    """Baseline: store every turn, as the fact of synthetic data, else the `facts` of a Manager, else the text."""
     def decide(batch):
         stored = [[turn.fact] if turn.fact else (facts or {}).get((dialogue.id, turn.id), [turn.text])
                   for _, dialogue, turn in batch]
@@ -332,7 +332,7 @@ def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
 
 
 def print_safely(text: str) -> None:
-    """Print a text without the control characters that a model or a file may have put into it."""
+    """Print a text of a model or a file, with "?" in place of control characters."""
     print("".join(char if char.isprintable() else "?" for char in text))
 
 

@@ -28,11 +28,11 @@ from transformers import AutoModel, AutoTokenizer
 from data import UsageError
 
 EXACT_UP_TO = 20_000  # entries of one speaker; exact search takes 0.1 ms for 1,000 entries, 1 ms for 10,000
-MAX_CHANGED = 1 / 8  # of a speaker's entries, before their index is built again: 0.5 ms for 1,000 entries
+MAX_CHANGED = 1 / 8  # fraction of a speaker's entries that may change before a rebuild of the index (0.5 ms for 1,000)
 HASHED_DIM = 1024
-HASHED_SHARE = 2 / 3  # weight of the hashed part in `hash+ENCODER`: the best sum of the two scores on LoCoMo
+HASHED_SHARE = 2 / 3  # weight of the hashed part in `hash+ENCODER`; the best weight on LoCoMo
 RECENT_TEXTS = 8192  # vectors that an embedder caches: forks and questions embed the same texts many times
-FUNCTION_WORD_COUNT = 0.1  # idf alone cannot tell function words in a small bank; adds 0.03 to recall on LoCoMo
+FUNCTION_WORD_COUNT = 0.1  # not 1: idf does not detect function words in a small bank; adds 0.03 to recall on LoCoMo
 FUNCTION_WORDS = frozenset("""
 a an the and or but if of to in on at by for from with about as into is are was were be been being am do does
 did done has have had i you he she it we they me him her us them my your his its our their this that these
@@ -141,10 +141,10 @@ class Embedder:
 
     def embed_query(self, text, df, total):
         """
-        Embed a query to a bank of `total` entries, df[d] of which have a feature in hashed dimension d. -> (dim,)
+        Embed a query. The bank has `total` entries; df[d] of them have a feature in hashed dimension d. -> (dim,)
 
-        The inner product of two tf-idf vectors has a factor idf[d] = log(1 + total / df[d]) from either side. Here the
-        query alone carries idf^2: the same factors, but stored vectors stay valid when document frequencies change.
+        The inner product of two tf-idf vectors has a factor idf[d] = log(1 + total / df[d]) from each side. Here only
+        the query has a factor, idf^2, so stored vectors stay valid when document frequencies change.
         """
         vector = self.embed([text])[0]
         idf = np.log1p(total / np.maximum(df, 1))
@@ -178,7 +178,7 @@ def build_index(vectors):
 
 
 def search_index(index, query, k):
-    """Return (score, id) of the k nearest entries; of equal scores those with the lowest ids."""
+    """Return (score, id) of the k nearest entries; ties go to the lowest ids."""
     k = min(k, index.get_current_count() if index else 0)
     if k < 1:
         return []
@@ -189,8 +189,8 @@ def search_index(index, query, k):
 @dataclass
 class SpeakerIndex:
     """
-    The vectors of one speaker. The index `main` holds them as they were when it was built, `recent` holds those changed
-    since. Neither is ever edited, so forks share both; a search builds them again where changes require it.
+    The vectors of one speaker. The index `main` holds the vectors at the time when it was built, `recent` those added
+    or replaced since then. Neither is ever edited, so forks share both; a search rebuilds them if changes require it.
     """
     vectors: dict = field(default_factory=dict)  # id -> (dim,)
     changed: set = field(default_factory=set)  # ids added, replaced or removed since `main` was built
@@ -226,8 +226,8 @@ class SpeakerIndex:
 
 class MemoryBank:
     """
-    Memories with stable ids and similarity search. A fork is a bank of its own with the same entries; it copies
-    references to texts, vectors and indexes, not the vectors. Not thread-safe.
+    Memories with stable ids and similarity search. A fork is an independent bank with the same entries; it shares their
+    texts, vectors and indexes. Not thread-safe.
     """
 
     def __init__(self, embedder):
@@ -285,14 +285,14 @@ class MemoryBank:
         return [(self[id], score) for score, id in hits[:max(k, 0)] if floor is None or score >= floor]
 
     def fork(self):
-        """Return a bank of its own with the same entries. Either may be changed afterwards."""
+        """Return an independent bank with the same entries."""
         fork = MemoryBank(self.embedder)
         fork._memories, fork._df, fork._next_id = dict(self._memories), self._df.copy(), self._next_id
         fork._indexes = {speaker: index.copy() for speaker, index in self._indexes.items()}
         return fork
 
     def save(self, path):
-        """Write the bank to a JSON file, as a whole or not at all. UsageError if it cannot be written."""
+        """Write the bank to a JSON file atomically. UsageError if it cannot be written."""
         content = {"format": FILE_FORMAT, "embedder": self.embedder.name,
                    "next_id": self._next_id, "memories": [asdict(memory) for memory in self]}
         try:
@@ -347,7 +347,6 @@ def read_bank(path):
 
 
 def main(argv=None) -> None:
-    """Show a bank, a search and a fork."""
     argparse.ArgumentParser(description="Show a memory bank, a search in it, and an edit on a fork.").parse_args(argv)
     bank = MemoryBank(make_embedder("hash"))
     buddy = bank.add("Jon has a dog, Buddy.", "Jon", "8 May 2023")

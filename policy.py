@@ -9,7 +9,7 @@ A Hugging Face causal language model as a policy: LoRA adapters, sampling, log-p
 
 Both agents of Memory-R1 (arXiv 2508.19828, sec. 3) are such policies. The paper fine-tunes all weights of two models;
 here one set of frozen weights plays every role, and a role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every
-linear layer but the head:  h = W x + (alpha / r) B A x.  B = 0 at the start, so a new adapter changes nothing.
+linear layer except the head:  h = W x + (alpha / r) B A x.  B = 0 at the start, so a new adapter changes nothing.
 
 Prompts are long, completions short, and G completions share a prompt. No prompt is therefore computed twice:
   - `sample` reads each distinct prompt once; its completions attend to that key-value cache (support/attention.py).
@@ -40,7 +40,7 @@ from support.peft_format import match_layers, read_adapter, write_adapter
 from support.pretrained import load_pretrained
 
 # Model families whose packed scores are tested against unpacked ones; others are scored unpacked. A 4-D mask is
-# silently wrong with a sliding window, linear attention, or positions that are read off the mask (ALiBi).
+# silently wrong with a sliding window, linear attention, or positions derived from the mask (ALiBi).
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -95,7 +95,7 @@ def sample_token(logits, temperature):
 class TokenScores(torch.autograd.Function):
     """
     log pi(y) and the entropy of pi = softmax(W h / temperature). h (t, H), y (t,) -> (t,), (t,)
-    W (V, H) is frozen, so the only gradient is that of h. It is known in the forward pass, while pi is at hand:
+    W (V, H) is frozen, so only h needs a gradient. The forward pass computes it, because pi is available there:
         d log pi(y) / d h = (W_y - sum_v pi(v) W_v) / temperature
     Autograd would keep the (t, V) probabilities until the backward pass instead.
     """
@@ -119,7 +119,7 @@ class TokenScores(torch.autograd.Function):
 def token_scores(hidden, head, targets, temperature, chunk=None):
     """
     log pi(target) and the entropy of pi for all tokens. (T, H), (T,) -> (T,), (T,)
-    T x V logits do not fit for V = 150,000, so only `chunk` of them exist at a time.
+    With V = 150,000, all T x V logits do not fit into memory, so only `chunk` of them exist at a time.
     """
     chunk = chunk or 2 ** (25 if hidden.is_cuda else 22)  # large enough for a GPU, small enough for a CPU's cache
     size = max(1, chunk // head.out_features)
@@ -130,12 +130,12 @@ def token_scores(hidden, head, targets, temperature, chunk=None):
 
 
 class Policy:
-    """One base model with named adapters. Public methods: load, using, *_adapter, parameters, sample, score, encode."""
+    """One base model with named LoRA adapters."""
 
     def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=None):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
-        self.max_batch_tokens = max_batch_tokens  # of `sample`; None: as many as fit
+        self.max_batch_tokens = max_batch_tokens  # tokens of a batch in `sample`; None: as many as fit
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.eos = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
@@ -155,7 +155,7 @@ class Policy:
         return cls(*load_pretrained(name, device, dtype), str(name), gradient_checkpointing, **options)
 
     def _can_pack(self):
-        """Whether a 4-D mask describes this model's attention completely. If not, warn once."""
+        """Whether a 4-D mask describes this model's attention completely; warns if not."""
         config, ids = self.model.config, torch.arange(4, device=self.device)[None]
         kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         is_full = set(kinds) == {"full_attention"} if kinds else window is None
@@ -170,7 +170,7 @@ class Policy:
         return False
 
     def _checkpointed_layers(self):
-        """The layers that keep only their input for the backward pass and compute the rest again."""
+        """Turn on gradient checkpointing; return its layers, which keep only their input and recompute the rest."""
         if not self.model.supports_gradient_checkpointing:
             raise UsageError(f"model {self.name}: does not support --gradient-checkpointing; leave the flag out")
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -180,7 +180,7 @@ class Policy:
 
     @contextmanager
     def using(self, name: str | None):
-        """Activate an adapter inside the `with` block; None turns LoRA off: bit for bit the base model."""
+        """Activate an adapter inside the `with` block; None turns LoRA off, which gives exactly the base model."""
         assert name is None or name in self.adapters, f"no adapter {name!r}, only {sorted(self.adapters)}"
         before, self.active = self.active, name
         try:
@@ -222,7 +222,7 @@ class Policy:
     # -------------------------------------------------------------------------------------------- text
 
     def encode(self, messages: list[dict]) -> list[int]:
-        """Chat messages as token ids, up to where the assistant's reply begins."""
+        """Chat messages as token ids, up to the beginning of the assistant's reply."""
         return self.tokenizer.apply_chat_template(  # only Qwen3's template reads enable_thinking
             messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
@@ -239,7 +239,7 @@ class Policy:
     def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0) -> list[list[Completion]]:
         """
         Sample n completions for each prompt. Temperature 0 is greedy; equal prompts are then decoded only once.
-        Under torchrun each process samples for its share of the prompts, and all receive all completions.
+        Under torchrun each process samples for its shard of the prompts, and every process receives all completions.
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
         rows = [tuple(prompt) for prompt in local_shard(prompts) for _ in range(n)]
@@ -254,14 +254,14 @@ class Policy:
         return all_gather([[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)])
 
     def _batch_size(self, rows, max_new_tokens):
-        """How many of the rows, longest first, fit into one batch. A shared prompt counts once."""
+        """Number of rows, longest first, that fit into one batch. A shared prompt counts once."""
         budget = self.max_batch_tokens or packing.max_sampling_tokens(self)
         costs = [max_new_tokens + len(rows[0]) * (not self.packs or row != before)
                  for row, before in zip(rows, [None, *rows], strict=False)]
         return max(1, sum(total <= budget for total in accumulate(costs)))
 
     def _sample_batch(self, rows, max_new_tokens, temperature) -> list[Completion]:
-        """Sample a completion for each row, token by token. Rows that have finished leave the batch."""
+        """Sample a completion for each row, token by token. Finished rows leave the batch."""
         decoder = Decoder(self.model, rows, max_new_tokens, self.packs)
         alive = torch.arange(len(rows), device=self.device)  # indices of the rows that are not finished
         tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=self.device)
@@ -305,7 +305,7 @@ class Policy:
     def score(self, prompts, completions, temperature=1.0, padded=False) -> Scores:
         """
         The log-prob of every token of completions[p][g] after prompts[p], and the policy's entropy there. Call
-        backward inside the same `using` block: gradient checkpointing computes the layers again.
+        backward inside the same `using` block: gradient checkpointing recomputes the layers.
         """
         batch = self.pack_batch(prompts, completions, padded)
         logp, entropy = token_scores(self.hidden(batch), self.head, batch.targets, temperature)
@@ -313,8 +313,8 @@ class Policy:
 
     def micro_batches(self, prompts, completions, max_tokens: int = 0) -> list[list[int]]:
         """
-        Split this process's share of the groups into lists of indices, each small enough for one call of `score`: at
-        most max_tokens including padding (0: as many as fit into memory), or a single group.
+        Split this process's shard of the groups into lists of indices, one for each call of `score`: at most max_tokens
+        including padding (0: as many as fit into memory), or a single group.
         """
         own = local_shard(range(len(prompts)))
         sizes = [len(prompts[i]) + sum(map(len, completions[i])) if self.packs
@@ -330,11 +330,10 @@ class Policy:
         for indices in self.micro_batches(prompts, completions, max_tokens):
             values = function([prompts[i] for i in indices], [completions[i] for i in indices])
             result[indices, :, :values.shape[1]] = values.unflatten(0, (len(indices), G))
-        return all_reduce_sum(result).flatten(0, 1)  # each process left the other processes' rows 0
+        return all_reduce_sum(result).flatten(0, 1)  # the rows of other processes are 0 here
 
 
 def main(argv=None) -> None:
-    """Show samples of the tiny model, their log-probs, and the effect of LoRA: none while it is off."""
     Parser(description="Shows samples of the tiny model, their log-probs, and the effect of LoRA.").parse_args(argv)
     torch.manual_seed(0)
     policy = Policy.load(TINY)

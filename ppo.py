@@ -16,14 +16,14 @@ One training step, with the function that does it:
 Differences from Memory-R1:
 1. Its ratio is "per action". Here it is per token, as in VERL, which Memory-R1 used: a token is an action, the prompt
    and the tokens so far are the state.
-2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0,
-   so the first baseline is what whitening subtracts: the mean reward over all tokens.
-3. Its paper has no KL term. Here k3 is in the loss, as in grpo.py. InstructGPT has it in the reward, where the critic
-   would have to predict it, and whitening would enlarge it if all outcomes were similar. The drawback: a token gets no
-   gradient from the KL of later tokens.
+2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0.
+   At first the baseline is therefore the mean reward over all tokens, which whitening subtracts.
+3. It has no KL term. Here k3 is in the loss, as in grpo.py. InstructGPT has the KL in the reward, where the critic must
+   predict it, and whitening enlarges it if all outcomes are similar. A drawback of the loss: a token gets no gradient
+   from the KL of later tokens.
 4. Its learning rates (actor 1e-6, critic 1e-5) are for full fine-tuning. LoRA needs 10 to 100 times as much.
 5. It gives no GAE parameters. gamma = 1: short completions need no discount. gae_lambda = 1: every token's return is
-   the reward, however wrong the critic is. With 0.95, a token 30 before the end would see .95^30 = .21 of it.
+   the reward, however wrong the critic is. With 0.95, a token 30 steps before the end would get .95^30 = .21 of it.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: reference, LoRA off.
@@ -85,9 +85,9 @@ class Rollouts:
 
 class Critic(nn.Module):
     """
-    V(s) = w . h(s) / sqrt(H) + b: the expected reward of a completion. h is the last hidden state under an adapter of
-    the critic's own. b = 0 and w is small at the start, but not 0: with w = 0 the adapter gets no gradient, and on the
-    tiny model it never started to learn. 1 / sqrt(H), because Adam moves each of the H weights by about its rate.
+    V(s) = w . h(s) / sqrt(H) + b: the expected reward of a completion. h is the last hidden state under the
+    critic's adapter. At the start b = 0 and w is small, but not 0: with w = 0 the adapter gets no gradient, and on the tiny
+    model it never learned. 1 / sqrt(H), because Adam moves each of the H weights by about the learning rate.
     """
 
     def __init__(self, policy: Policy, like: str):
@@ -104,7 +104,7 @@ class Critic(nn.Module):
     def forward(self, prompts, completions):
         """
         V before every completion token, (N, C), from the hidden state that predicts the token: the first value belongs
-        to the prompt's last token. One position later, a value would have seen the action whose baseline it is.
+        to the prompt's last token. A value one position later would depend on the action whose baseline it is.
         """
         with self.policy.using("critic"):
             batch = self.policy.pack_batch(prompts, completions)
@@ -160,10 +160,10 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
     J = 1/N sum_i 1/|o_i| sum_t { min[ rho A, clip(rho, 1 - eps, 1 + eps) A ] - beta KL(pi | pi_ref) }
     (1707.06347, eq. 7, with the mean over each completion before the mean over completions, as in grpo.py).
     `mean_length` replaces every |o_i|, which gives the mean over all tokens.
-    logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns the terms of -J per row,
-    (N,), still to be averaged, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
+    logp, logp_old, logp_ref, advantages, mask (N, C). logp_ref None: no KL term. Returns -J per row (N,),
+    before the mean over rows, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
-    A = advantages  # a number of its own for every token
+    A = advantages  # a different number for every token
     rho = (logp - logp_old).exp()  # 1 until the first optimizer step
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
@@ -218,8 +218,8 @@ def update(policy, critic: Critic, optimizer, rollouts: Rollouts, adapter: str, 
 
 
 def accumulate_gradients(policy, critic, part: Rollouts, num_rows: int, adapter: str, config: Config) -> Counter:
-    """Backward passes of some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
-    with policy.using(adapter):  # also for backward, in which gradient checkpointing computes the layers again
+    """Backward passes for some groups of a minibatch of `num_rows` completions. Returns sums over their tokens."""
+    with policy.using(adapter):  # also for backward, where gradient checkpointing recomputes the layers
         logp, _, mask = policy.score(part.prompts, part.completions, config.temperature)
         losses, kl, is_clipped = ppo_loss(logp, part.logp_old, part.logp_ref, part.advantages, mask, config.clip,
                                           config.beta, part.mean_length if config.loss_mean == "token" else None)
@@ -235,7 +235,7 @@ def accumulate_gradients(policy, critic, part: Rollouts, num_rows: int, adapter:
 def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
     """`config.steps` training steps. `loop` (support/loop.py) resumes, seeds, evaluates, saves and stops."""
     critic = Critic(policy, like=adapter)
-    critic_lr = 2 * config.lr if config.critic_lr is None else config.critic_lr  # it has to follow a moving policy
+    critic_lr = 2 * config.lr if config.critic_lr is None else config.critic_lr  # the critic follows a moving policy
     optimizer = torch.optim.AdamW([{"params": policy.named_parameters(adapter), "lr": config.lr},
                                    {"params": critic.trained(), "lr": critic_lr}], betas=(0.9, 0.95), weight_decay=0.0)
     for step in loop.steps(optimizer):

@@ -1,12 +1,12 @@
 """
-Train the Answer Agent (Memory-R1, arXiv 2508.19828, Alg. 4 and sec. 3.2). Of the memories retrieved for a question,
-most are irrelevant. In one generation it names the relevant ones (memory distillation) and answers.
+Train the Answer Agent (Memory-R1, arXiv 2508.19828, Alg. 4 and sec. 3.2). Most memories retrieved for a question are
+irrelevant. In one completion the agent names the relevant ones (memory distillation) and answers.
 
     python train_answer.py --algo grpo --manager-adapter runs/manager-grpo     # banks built by that Manager
     python train_answer.py --algo grpo                                         # banks built by the base model
     python train_answer.py --algo grpo --no-distill --out runs/answer-plain    # answers without distillation
 
-One episode is one question to the finished bank of a dialogue:
+One episode is one question about a dialogue, answered from its finished bank:
 1. build the banks of all dialogues once, before training, with the frozen Manager      AnswerTask.build
 2. retrieve memories for a question and write them into the prompt                      AnswerTask.make_episode
 3. sample G outputs                                                                     Policy.sample

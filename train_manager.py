@@ -49,7 +49,7 @@ REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cached replies of a hosted teach
 REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
     **cli.REAL_DATA,
     "bank": "base",  # there are no reference operations
-    "linked": "mean",  # a turn may have many linked questions, of which all are seldom right
+    "linked": "mean",  # a turn may have many linked questions, and all are rarely right at once
     "named_only": False,  # as in the paper
 }
 REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
@@ -95,7 +95,7 @@ class Episode:
 
 def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
     """
-    {turn id: the questions that judge its edits}. In synthetic data these are the questions asked right after the
+    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the
     turn; in LoCoMo, which asks all questions at the end, those whose evidence includes the turn.
     """
     linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
@@ -115,7 +115,7 @@ class ManagerTask:
         self.trained = replace(self.base, adapter="manager")  # shares the cache of extracted facts
         self.dialogues = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = cli.held_out_dialogues(args)
-        self.banks: dict = {}  # with --bank base on real data, memories before turn i, which training does not change
+        self.banks: dict = {}  # memories before turn i; only for --bank base on real data, where they stay the same
         self.pool: list[Episode] = []
         self.state: dict = {}  # memories of the pool's banks; a resumed run needs them, as the Manager has changed
         if args.algo == "sft":
@@ -126,7 +126,7 @@ class ManagerTask:
             raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
 
     def batch(self, step: int) -> list[Episode]:
-        """The `--batch-size` episodes of a step. A pool of episodes for `--refresh` steps is made at once."""
+        """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
         first = step - (step - 1) % self.args.refresh
         if step == first or not self.pool:
             self.pool = self.make_pool(first)
@@ -136,12 +136,12 @@ class ManagerTask:
     def make_pool(self, first: int) -> list[Episode]:
         """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
         num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
-        count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns of a dialogue
+        count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns per dialogue
         dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
         turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
         rng, drawn = random.Random(f"{self.args.seed} {first}"), []
-        while len(drawn) < num_episodes:  # a small data set is drawn repeatedly
+        while len(drawn) < num_episodes:  # turns of a small data set are drawn repeatedly
             drawn += rng.sample(turns, min(len(turns), num_episodes - len(drawn)))
         self.base.read_facts(dialogues)
         drawn_ids = [first, *([dialogue.id, i] for dialogue, i in drawn)]
@@ -168,7 +168,7 @@ class ManagerTask:
         turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
         for memory in memories:
             bank.add(*memory)
-        facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may overlook all of them
+        facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may find none
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
         return Episode(prompt, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers, dropped)
@@ -222,7 +222,7 @@ class ManagerTask:
         return [one.text for one in answer.generate_answers(self.policy, prompts, adapter, settings.max_new_tokens)]
 
     def evaluate(self, when: str, step: int) -> list[dict]:
-        """Build banks of held-out dialogues, then ask the final questions. Baselines are evaluated with "untrained"."""
+        """Build banks of held-out dialogues and ask the final questions. "untrained" also evaluates the baselines."""
         if not self.held_out:
             return []
         dialogues, is_synthetic = self.held_out, self.args.data == "synthetic"
@@ -241,14 +241,14 @@ class ManagerTask:
         return [{"step": step, "eval": name, **result} for name, result in results.items()]
 
     def ask_finally(self, dialogues: Sequence[Dialogue], builds: Sequence[manager.BankBuild]) -> dict:
-        """The scores of the final questions, and a report on the banks that they were answered from."""
+        """The scores of the final questions, and a report on the banks."""
         asked = [(build.bank, question, dialogue.speakers) for build, dialogue in zip(builds, dialogues, strict=True)
                  for question in dialogue.final_questions()]
         pairs = [(text, question.answer) for text, (_, question, _) in zip(self.answers(asked), asked, strict=True)]
         return {**answer.mean_scores(pairs), **manager.bank_report(builds)}
 
     def demonstrations(self) -> tuple[list[list[int]], list[list[int]], dict]:
-        """Prompts, the teacher's completions, a report. Edits of memories that a prompt dropped are left out."""
+        """Prompts, the teacher's completions, a report. Left out: invalid edits, edits of dropped memories."""
         prompts, completions, ops = [], [], Counter()
         decisions = self.teacher_decisions()
         for case, edits in decisions:
@@ -264,8 +264,8 @@ class ManagerTask:
 
     def teacher_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
         """
-        Cases and edits to clone: the reference operations of the episodes that reinforcement learning would see, or a
-        hosted Manager's for every turn, on the banks that it builds itself.
+        Cases and edits to clone: the reference operations for the episodes of reinforcement learning, or the edits of a
+        hosted Manager, which reads every turn and builds its own banks.
         """
         if not self.teacher:
             return [(episode.case, manager.oracle_edits(episode.bank, episode.turn))

@@ -19,11 +19,11 @@ from support.cli import from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
 
-PATIENCE = 5  # steps in a row that may refuse an update because a number was not finite
+PATIENCE = 5  # training stops after this many steps in a row with a refused update (numbers not finite)
 
 
 class Task(Protocol):
-    """What an algorithm trains on: prompts, completions and rewards, whatever they are about. Same on all processes."""
+    """The source of an algorithm's prompts and rewards. It returns the same on all processes."""
     state: dict  # plain Python values that a resumed run needs, saved in the checkpoint
 
     def batch(self, step: int) -> list:
@@ -67,12 +67,12 @@ class Loop:
     def __init__(self, policy, task: Task, run: Run, adapter: str, config):
         self.policy, self.task, self.run, self.adapter, self.config = policy, task, run, adapter, config
         self.optimizer, self.parameters = None, []
-        self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
+        self.step, self.start, self.updates_before = 0, 0.0, 0  # about the step in progress
         self.refused = []  # tensors for which the last steps refused updates
 
     def steps(self, optimizer, first_results=()):
         """
-        Yield the step numbers that are left, after seeding the generators and setting the learning rates. `optimizer`
+        Yield the remaining step numbers, after seeding the generators and setting the learning rates. `optimizer`
         holds everything that is trained. `first_results` are reported before the evaluation of the untrained agent.
         """
         self.optimizer, config = optimizer, self.config
@@ -115,10 +115,8 @@ class Loop:
         if stop or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             self.save(self.step)
         if stop:
-            distributed.barrier()  # the first process that ends would end the others, before rank 0 has written
+            distributed.barrier()  # wait for rank 0 to write: the first process that ends makes torchrun end the others
             raise stop
-
-    # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, step: int) -> None:
         self.run.save(step, {"parameters": [x.detach() for x in self.parameters],
@@ -148,11 +146,9 @@ class Loop:
         return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
 
 
-# ------------------------------------------------------------------------------------------------ of one step
-
 class Update(NamedTuple):
     """The result of `optimizer_step`."""
-    norm: float  # of the gradient before clipping
+    norm: float  # norm of the gradient before clipping
     not_finite_in: str = ""  # the tensor for which the update was refused
 
 
@@ -175,7 +171,7 @@ def optimizer_step(optimizer, grad_clip: float, inputs=None) -> Update:
 
 
 def update_metrics(updates: list[Update]) -> dict:
-    """The mean gradient norm, and how many updates were refused."""
+    """The mean gradient norm and the number of refused updates."""
     norms = [update.norm for update in updates if not update.not_finite_in]
     refused = [update.not_finite_in for update in updates if update.not_finite_in]
     return {"grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(refused)} | (
@@ -208,7 +204,7 @@ def lr_multiplier(step: int, config) -> float:
 
 
 def epoch_indices(step: int, count: int, batch_size: int, seed: int) -> list[int]:
-    """Which of `count` items belong to a step: all appear once, in random order, before any appears again."""
+    """Indices of the items, 0 to `count` - 1, of a step: all appear once, in random order, before any appears again."""
     places = range((step - 1) * batch_size, step * batch_size)
     orders = {n: random.Random(f"{seed} {n}").sample(range(count), count) for n in {i // count for i in places}}
     return [orders[i // count][i % count] for i in places]
