@@ -10,7 +10,7 @@ class UsageError(Exception):
 
 
 def is_tiny(model: str | Path) -> bool:
-    """Return whether a hub id or folder is the tiny default model, which has default settings of its own."""
+    """Return whether a hub id or folder is the tiny default model, which has its own default settings."""
     return Path(model).resolve() == TINY.resolve()
 
 

@@ -25,7 +25,7 @@ def cached_file(file: str, title: str, address: str, sha256: str) -> Path:
     socket.setdefaulttimeout(TIMEOUT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(address, str(path), hash_prefix=sha256)  # has no partial or wrong file under this name
+        download_url_to_file(address, str(path), hash_prefix=sha256)  # a partial or wrong file never gets this name
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = f"{title} is not at {path} and could not be fetched ({error})"
         raise UsageError(f"{reason}: put {address} there, or name a file with --data") from None

@@ -1,5 +1,5 @@
 """
-LongMemEval (arXiv 2410.10813): 500 questions of a user, each with dated chats between user and assistant of its own.
+LongMemEval (arXiv 2410.10813): 500 questions of a user, each with its own dated chats between user and assistant.
 
     load("test")                    # the oracle file: chats with evidence only; downloaded on first use (15 MB)
     load("test", variant="s")       # about 48 chats per question (277 MB)

@@ -1,2 +1,2 @@
-"""Everything that is not the method: the training loop and its run folder, the command line, several processes, packed
-rows, PEFT's file format, text, terminal, hosted models, judges, reports, plots, and how the tiny model was made."""
+"""Everything except the method: training loop, run folders, command line, torchrun, packing, PEFT's file format, text,
+hosted models, judges, reports, plots, and the pretraining of the tiny model."""

@@ -1,6 +1,6 @@
 """
-Attention for completions that share a prompt, as transformers calls it: `_attn_implementation = "shared"`, and the
-decoder that samples with it. Exact: each token's softmax runs over the same keys as if its completion stood alone.
+Attention for completions that share a prompt, registered in transformers as `_attn_implementation = "shared"`, and the
+decoder for sampling. It is exact: each token's softmax runs over the same keys as for its completion alone.
 
 Shapes: P prompts of up to L tokens, N rows that continue them, t tokens so far, H query heads, K key heads of size D,
 V vocabulary. Rows are ordered by their prompt.
@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-MIN_PREFIX = 16  # tokens; a shorter common beginning is not worth a forward pass of its own
+MIN_PREFIX = 16  # tokens; a shorter common prefix is not worth its own forward pass
 
 
 class SharedPrompts:
@@ -52,7 +52,7 @@ class SharedPrompts:
 def shared_attention(module, query, key, value, attention_mask, scaling=None, prompts=None, **kwargs):
     """
     While sampling, `prompts` holds the prompts' part of the cache. In packed rows the mask covers the last tokens only:
-    all tokens before are prompt in every row, and causal attention is faster without a mask.
+    the tokens before are prompt tokens in every row, and causal attention is faster without a mask.
     """
     if prompts is not None:
         return prompts.attend(module, query, key, value, scaling), None
@@ -68,9 +68,9 @@ AttentionMaskInterface.register("shared", sdpa_mask)
 
 class Decoder:
     """
-    Next-token logits for N rows. Each distinct prompt is read once; with `shares_prompts` rows keep attending to that
-    one cache, else it is copied for each row. Padding stands after the prompts' common beginning of c tokens, so all
-    rows write to the same column. Two prompts with c = 2; `gap` is the padding of each, from column c on:
+    Next-token logits for N rows. Each distinct prompt is read once; with `shares_prompts` all rows attend to that
+    cache, else it is copied for each row. Padding follows the common prefix of c tokens, so all rows write to the same
+    column. Two prompts with c = 2; `gap` is the padding of each, from column c on:
         ids  1 2 3 4 5 6    positions  0 1 2 3 4 5    gap  0
              1 2 0 0 7 8               0 1 - - 2 3         2
     """

@@ -72,7 +72,7 @@ class ModelFlags:
 
 
 class Help(argparse.HelpFormatter):
-    """Help for a terminal: numbers are shown as N or X; examples keep their line breaks."""
+    """Help that shows numbers as N or X and keeps the line breaks of examples."""
 
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
@@ -83,7 +83,7 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line that suggests the flag or choice that was probably meant."""
-    by_algorithm: dict = {}  # the parsers of all --algo, to say which one has a flag
+    by_algorithm: dict = {}  # {algo: parser}, so that an error can name the --algo that a flag needs
 
     def __init__(self, **options):
         super().__init__(formatter_class=partial(Help, max_help_position=30), **options)
@@ -128,7 +128,7 @@ def add_flags(parser: Parser, title: str, dataclass_type: type, presets: dict) -
 def parse_training_flags(agent: str, description: str, groups: dict, presets: dict, argv=None) -> argparse.Namespace:
     """
     Parse RunFlags, ModelFlags and groups[algo] = {title: dataclass}. Defaults depend on --algo, --data and --model:
-    `presets` are {name: default or {algo: default}} of the "agent", of real "data", of a "model" that is not tiny.
+    `presets` are {name: default or {algo: default}} for the "agent", real "data", and a "model" that is not tiny.
     """
     first = Parser(add_help=False)
     add_flags(first, "run", RunFlags, {})
@@ -149,13 +149,13 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
 
 
 def from_args(dataclass_type: type, args: argparse.Namespace, **others):
-    """The dataclass with the values of the flags that have the names of its fields, and `others`."""
+    """Make the dataclass from the flags named like its fields, and from `others`."""
     names = {one.name for one in fields(dataclass_type)}
     return dataclass_type(**{name: value for name, value in vars(args).items() if name in names} | others)
 
 
 def held_out_dialogues(args: argparse.Namespace, **options) -> list[data.Dialogue]:
-    """The first `--eval` dialogues that are not for training. `options` of synthetic data: see data/synthetic.py."""
+    """The first `--eval` held-out dialogues. `options` are passed to data/synthetic.py."""
     if args.data == "synthetic":
         return data.load("synthetic", "test", count=args.eval, seed=1, **options)
     return data.load(args.data, "val")[:args.eval] if args.eval else []

@@ -5,8 +5,8 @@ Data parallelism under torchrun: every process holds the whole model and runs th
 
 Expensive work is sharded: sampling by prompts (`Policy.sample`), scoring and the backward pass by groups
 (`Policy.micro_batches`). The results are gathered, so every process computes rewards, advantages and minibatches of the
-whole batch. A loss is divided by the size of the whole minibatch, so the sum
-of the processes' gradients is the gradient of a single process (up to rounding). All take the same optimizer step.
+whole batch. A loss is divided by the size of the whole minibatch, so the sum of the processes' gradients is the
+gradient of a single process (up to rounding). All take the same optimizer step.
 
 Only rank 0 writes files and prints. Without torchrun there is one process, and every function returns its input.
 
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-TIMEOUT = timedelta(days=1)  # for a process that waits for another one
+TIMEOUT = timedelta(days=1)  # the longest wait for another process
 IS_DISTRIBUTED = int(os.environ.get("WORLD_SIZE", 1)) > 1  # set by torchrun
 RESUME_HINT = "to continue: the same torchrun command with --resume" if IS_DISTRIBUTED else ""
 
@@ -60,7 +60,7 @@ def all_gather(items: list) -> list:
 
 
 def rank0_result(function, *args):
-    """Call the function on rank 0 only and return its result everywhere. It must not communicate itself."""
+    """Call the function on rank 0 only and return its result everywhere. The function must not communicate."""
     if world_size() == 1:
         return function(*args)
     result = [function(*args) if is_rank0() else None]

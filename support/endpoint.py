@@ -25,7 +25,7 @@ URL = re.compile(r"(?ai)https?://([\w-]+(\.[\w-]+)*|\[[\da-f:]+\])(:\d{1,5})?(/[
 
 class Endpoint:
     """
-    A hosted model with greedy decoding, also in place of a `Policy`. Each reply is appended to the file `cache` when it
+    A hosted model with greedy decoding, also for use as a `Policy`. Each reply is appended to the file `cache` when it
     arrives, so none is paid for twice. Errors are one-line UsageErrors that never show the key.
     """
 
@@ -66,7 +66,7 @@ class Endpoint:
         return cls(url.strip(), model.strip(), key.strip(), env_prefix, **options)
 
     def complete(self, chats, max_new_tokens: int = 512) -> list[str]:
-        """One reply per chat, in order; "" if it was cut off or empty. An error cancels the chats that are not sent."""
+        """One reply per chat, in order; "" if it was cut off or empty. An error cancels unsent chats."""
         keys = [hashlib.sha256(json.dumps([self.name, max_new_tokens, chat]).encode()).hexdigest() for chat in chats]
         missing = {key: chat for key, chat in zip(keys, chats, strict=True) if not self.replies.get(key)}
 

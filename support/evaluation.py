@@ -1,4 +1,4 @@
-"""Parts of an evaluation: runs to find, questions to select, timing, and an optional reranker."""
+"""Parts of evaluate.py: find runs, select questions, time a policy, rerank memories."""
 import os
 import time
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def find_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
 
 
 def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialogue], str]:
-    """Dialogues with the selected final questions alone, at most `limit` in all. Also a checksum of all turns."""
+    """Dialogues with only the selected final questions, at most `limit` in all; and a checksum of all turns."""
     is_synthetic = args.data == "synthetic"
     options = {"count": preset["count"], "num_turns": preset["num_turns"], "seed": args.seed} if is_synthetic else {}
     dialogues = data.load(args.data, args.split, **options)
@@ -64,7 +64,7 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
 
 
 class TimedPolicy:
-    """A policy that records the seconds of each prompt: its share of the time of the batch."""
+    """A policy that records the seconds of each prompt: the time of the batch, divided equally."""
 
     def __init__(self, policy):
         self.policy, self.seconds = policy, []

@@ -1,6 +1,6 @@
 """
 The judge, a language model that decides whether an answer is right. The paper evaluates with one (Fig. 12); here it can
-be the reward too. The rubric is Mem0's in other words. It is lenient: a vague answer on the right topic often passes.
+also be the reward. The rubric is Mem0's in other words. It is lenient: a vague answer on the right topic often passes.
 
     judge = make_judge("endpoint")           # JUDGE_URL, JUDGE_MODEL, JUDGE_API_KEY in the environment
     judge([("Which car does Jon drive?", "a Kia", "Kia")])      # [1.0]
@@ -30,7 +30,7 @@ LABEL = re.compile(r"""(?i)\b(?:label|verdict)["'*_`]*\s*(?:is|:|=)[\s"'*_`:]*(c
 
 
 def gold_of(line: dict) -> str:
-    """The gold answer of an evaluation's line, with the rubric that LongMemEval has for some questions."""
+    """The gold answer of a line of predictions, with the rubric that LongMemEval has for some questions."""
     rubric = RUBRICS.get(line["category"])
     if line["category"] in longmemeval.CATEGORIES and line["dialogue"].endswith("_abs"):
         rubric = "the question cannot be answered: right is whatever says so"
@@ -80,7 +80,6 @@ class Judge:
         found = [self.replies.get(triple, "") for triple in triples]
         self.reasons = [normalize_whitespace(reply)[-MAX_ANSWER_CHARS:] for reply in found]
         return [float(verdict_of(reply) == "CORRECT") for reply in found]
-
 
 
 def make_judge(where: str, policy=None, max_new_tokens: int = 512, **options) -> Judge:

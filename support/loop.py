@@ -23,7 +23,7 @@ PATIENCE = 5  # a run ends after this many steps in a row with a refused update 
 
 
 class Task(Protocol):
-    """What an algorithm trains on: prompts, completions and rewards, whatever they are about. Same on all processes."""
+    """The source of an algorithm's prompts and rewards. It returns the same on all processes."""
     state: dict  # plain Python values that a resumed run needs, saved in the checkpoint
 
     def batch(self, step: int) -> list:
@@ -115,10 +115,8 @@ class Loop:
         if stop or self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
             self.save(self.step)
         if stop:
-            distributed.barrier()  # the first process that ends would end the others, before rank 0 has written
+            distributed.barrier()  # wait for rank 0 to write: the first process that ends makes torchrun end the others
             raise stop
-
-    # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, step: int) -> None:
         self.run.save(step, {"parameters": [x.detach() for x in self.parameters],
@@ -152,7 +150,7 @@ class Loop:
 
 class Update(NamedTuple):
     """The result of `optimizer_step`."""
-    norm: float  # of the gradient before clipping
+    norm: float  # norm of the gradient before clipping
     not_finite_in: str = ""  # the tensor for which the update was refused
 
 
@@ -176,7 +174,7 @@ def optimizer_step(optimizer, grad_clip: float, inputs=None) -> Update:
 
 
 def update_metrics(updates: list[Update]) -> dict:
-    """The mean gradient norm, and how many updates were refused."""
+    """The mean gradient norm and the number of refused updates."""
     norms = [update.norm for update in updates if not update.not_finite_in]
     refused = [update.not_finite_in for update in updates if update.not_finite_in]
     return {"grad_norm": sum(norms) / max(1, len(norms)), "skipped": len(refused)} | (
@@ -209,7 +207,7 @@ def lr_multiplier(step: int, config) -> float:
 
 
 def epoch_indices(step: int, count: int, batch_size: int, seed: int) -> list[int]:
-    """Which of `count` items belong to a step: all appear once, in random order, before any appears again."""
+    """Indices of the items, 0 to `count` - 1, of a step: all appear once, in random order, before any appears again."""
     places = range((step - 1) * batch_size, step * batch_size)
     orders = {n: random.Random(f"{seed} {n}").sample(range(count), count) for n in {i // count for i in places}}
     return [orders[i // count][i % count] for i in places]

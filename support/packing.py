@@ -1,5 +1,5 @@
 """
-Prompts and completions as rows of one forward pass, and how many of them fit into memory.
+Prompts and completions as rows of one forward pass, and the number of tokens that fits into memory.
 
 A group shares its prompt in one row, `[prompt | c_1 | ... | c_G | padding]`. This is exact: tokens after the prompt do
 not change the prompt's states; a mask lets c_g attend to the prompt and to itself, not to its siblings; and positions
@@ -14,10 +14,10 @@ import torch
 
 
 class PackedBatch(NamedTuple):
-    """Rows for one forward pass, and the places in them that predict each completion token."""
+    """Rows for one forward pass, and the positions that predict each completion token."""
     ids: torch.Tensor  # (R, L)
     positions: torch.Tensor  # (R, L)
-    attention: torch.Tensor  # (R, 1, S, L): what the last S tokens may attend to; or (R, L), True = no padding
+    attention: torch.Tensor  # (R, 1, S, L), True = one of the last S tokens may attend; or (R, L), True = no padding
     predictors: torch.Tensor  # (T,) index into the flattened (R*L) states
     targets: torch.Tensor  # (T,) the completion tokens, row by row
     mask: torch.Tensor  # (N, C) True where there is a completion token
@@ -87,8 +87,6 @@ def batches_within(sizes: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-# ------------------------------------------------------------------------------------------------ memory
-
 def max_train_tokens(policy) -> int:
     """Tokens of one forward and backward pass that should fit into a GPU's free memory (a cautious estimate)."""
     if policy.device.type != "cuda":
@@ -115,6 +113,6 @@ def max_sampling_tokens(policy) -> int:
 
 
 def free_memory(device) -> int:
-    """Bytes of a GPU that are free, including what torch has reserved but does not use."""
+    """Free bytes of a GPU, including memory that torch has reserved but does not use."""
     return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             - torch.cuda.memory_allocated(device))

@@ -129,7 +129,7 @@ def plot_runs(runs: Sequence[dict], path: str | Path) -> None:
 
 
 def draw_rewards(ax, runs: Sequence[dict], unit: str) -> None:
-    """The runs of an agent, and the mean of each algorithm over the range of x that all of its runs have."""
+    """The runs of an agent, and the mean of each algorithm over the range of x that its runs share."""
     for algo, (color, style) in STYLES.items():
         curves = []
         for steps in (run["steps"] for run in runs if run["algo"] == algo):

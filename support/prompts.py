@@ -17,7 +17,7 @@ def memory_lines(memories: Sequence, start: int = 1) -> str:
 
 
 def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None) -> tuple[list[int], Sequence, int]:
-    """(ids of render(memories), memories, number dropped), with as many of `ranked`, the best first, as fit."""
+    """(ids of render(memories), memories, number dropped); memories: the first of `ranked`, as many as fit."""
     def encode_best(n):
         return policy.encode(render(ranked[:n]))
 

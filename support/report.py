@@ -108,7 +108,7 @@ def summarize_by_category(lines: Sequence[dict], seed: int) -> dict[int, dict]:
 
 
 def make_row(lines: Sequence[dict], seed: int) -> dict:
-    """Report of one system, whose settings come first."""
+    """The row of one system in FILE.json; its settings come first."""
     banks = list({line["dialogue"]: line["bank"] for line in lines}.values())
     num_labeled = sum(bank["num_labeled"] for bank in banks)
     return {**lines[0]["settings"],
@@ -226,8 +226,8 @@ def write_results(args, lines: dict[tuple, dict]) -> None:
 
 def load_previous(path: str | None, settings: dict[str, dict]) -> dict[tuple, dict]:
     """
-    The lines of an earlier evaluation into FILE.json, which this one continues. One rule keeps them consistent: a
-    system is refused if it has lines with other settings, which include checksums of weights and data.
+    The lines of an earlier evaluation into FILE.json, which this one continues. UsageError if a system has lines with
+    other settings, which include checksums of weights and data.
     """
     if path and Path(path).is_file() and b'"rows": [' not in Path(path).read_bytes():
         raise UsageError(f"{path}: cannot be continued, as it holds no results: choose another --out")

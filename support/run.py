@@ -35,7 +35,7 @@ from data import UsageError
 from support.distributed import is_rank0, world_size
 
 FIXED_SETTINGS = ("agent", "algo", "model", "rank", "alpha")  # a resumed run cannot change them
-COLUMNS = {  # of a line on the terminal
+COLUMNS = {  # parts of a line on the terminal
     "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
     "kl": "kl {:.3f}", "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
     "explained_variance": "explained {:5.2f}", "completion_tokens": "tokens {:3.0f}",
@@ -44,8 +44,6 @@ COLUMNS = {  # of a line on the terminal
     "agreement": "agreement {:.2f}", "bank_size": "bank {:5.1f}", "seconds": "{:5.1f} s",
 }
 
-
-# ------------------------------------------------------------------------------------------------ files
 
 @contextmanager
 def disk_errors(folder):
@@ -59,7 +57,7 @@ def disk_errors(folder):
 
 
 def write_file(path, content: bytes) -> None:
-    """Replace a file as a whole: the content is on the disk before it gets the name."""
+    """Replace a file atomically: the content is on the disk before the file gets its name."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content)
@@ -116,8 +114,6 @@ def warn_once(text):
     tqdm.write(f"note: {text}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ folders
-
 @contextmanager
 def folder_lock(folder: Path):
     """Keep other processes from training in the folder. The lock ends with this process, however it ends."""
@@ -158,7 +154,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def read_config(folder: str | Path) -> dict:
-    """Read the settings of a run."""
+    """Read the settings of a run. UsageError if there is no run."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
         if not {"agent", "algo"} <= set(config):
@@ -229,7 +225,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
     def rewind(self):
-        """Drop from the logs all lines that are newer than the last checkpoint (all lines if there is none)."""
+        """Drop the log lines that are newer than the last checkpoint (all lines if there is none)."""
         step, _ = self.load() or (-1, {})
         if step > self.config.get("steps", step):
             raise UsageError(f"{self.folder} has {step} steps already: resume it with --steps {step} or more")
@@ -240,7 +236,7 @@ class Run:
                 write_file(self.folder / name, lines.encode())
 
     def log(self, metrics: dict):
-        """Append a line to metrics.jsonl: six digits; nan and inf become null, their keys stand in `not_finite`."""
+        """Append a line to metrics.jsonl: six digits; nan and inf become null, `not_finite` lists their keys."""
         if is_rank0():
             append_rows(self.folder / "metrics.jsonl", [metrics])
 
@@ -282,11 +278,9 @@ class Run:
         parts += [form.format(metrics[key]) for key, form in COLUMNS.items() if metrics.get(key) is not None]
         return "  ".join(parts)
 
-    # -------------------------------------------------------------------------------------------- checkpoints
-
     def save(self, step: int, state: dict):
         """
-        Write checkpoint/step-00012.pt and keep the one before. Call it after everything of the step was logged. The
+        Write checkpoint/step-00012.pt and keep the previous one. Call it after everything of the step was logged. The
         file gets its name only when it is complete, so a kill leaves the older checkpoints as they were.
         """
         if not is_rank0():

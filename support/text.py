@@ -26,7 +26,7 @@ def chat_messages(system: str, user: str) -> list[dict]:
 
 
 def json_values(text: str) -> Iterator[list | dict | None]:
-    """The JSON lists and objects in a text; None for one that breaks off. 'Sure: [1], [{"a": 2}, {' -> [1], None"""
+    """The JSON lists and objects in a text; None for a truncated one. 'Sure: [1], [{"a": 2}, {' -> [1], None"""
     decoder, text, end = json.JSONDecoder(), text[:MAX_OUTPUT_CHARS], 0
     for start in [match.start() for match in re.finditer(r"[\[{]", text)][:MAX_JSON_STARTS]:
         if start < end:  # inside the previous value

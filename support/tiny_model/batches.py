@@ -9,7 +9,7 @@ import torch
 
 from support.tiny_model import lessons
 
-NUM_LESSONS, NUM_COPIES = 366, 18  # of a round of batches
+NUM_LESSONS, NUM_COPIES = 366, 18  # lessons and copy rows in a round of batches
 
 
 def copy_lesson(rng: random.Random, kinds, longest: int) -> tuple[list[int], list[bool]]:

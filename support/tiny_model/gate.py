@@ -38,8 +38,6 @@ class GateCase(NamedTuple):
     accepted: list[str]  # correct continuations
 
 
-# ------------------------------------------------------------------------------------------------ cases
-
 def gate_cases(rng: random.Random, draw, count: int) -> Iterator[GateCase]:
     """Yield the cases of `count` banks. `draw`: see lessons.py."""
     for _ in range(count):
@@ -114,8 +112,6 @@ def changed_banks(rng: random.Random, bank: list[Entry], entry: Entry, value: st
         for task, extra in (("duplicate", entry), ("wish", wish), ("conflict", conflict))}
 
 
-# ------------------------------------------------------------------------------------------------ accuracy
-
 @torch.no_grad()
 def gate(model, tokenizer, split: str, count: int, seed: int = 99) -> dict[str, float]:
     """
@@ -149,8 +145,6 @@ def greedy_rows(model, rows, batch_size: int = 64) -> list[bool]:
         found += is_hit.all(dim=1).tolist()
     return found
 
-
-# ------------------------------------------------------------------------------------------------ model card
 
 CARD = """# The tiny default model
 

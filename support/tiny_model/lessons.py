@@ -56,8 +56,6 @@ CLEAN = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ words, turns, banks
-
 def lesson_drawer(rng: random.Random, pieces: list[str]) -> Callable[[random.Random, str], str]:
     """
     Return a `draw` function for one lesson. It draws words of the pretraining split, and words joined from pieces of
@@ -138,8 +136,6 @@ def random_turn(world: World, speaker: str, time: str) -> tuple[str, Utterance]:
             return kind, said
 
 
-# ------------------------------------------------------------------------------------------------ the Manager
-
 def operation_json(event: str, old: str = "", text: str = "") -> str:
     """Return one operation as the Manager writes it. `old`: the text of the memory that it changes."""
     return format_edits([Edit(event, 1, text)], Case("", "", (), (Memory(1, old, "", ""),)), by_text=True)
@@ -182,8 +178,6 @@ def extraction_lesson(rng: random.Random, draw) -> list[tuple[str, str]]:
     facts = [] if kind in ("repeat", "echo", "wish", "talk", "chat") else [" " + said.fact]
     return [(turn_text(world.speakers[0], time, said.text), json.dumps(facts))]
 
-
-# ------------------------------------------------------------------------------------------------ the Answer Agent
 
 def answer_text(shown: list[Entry], speaker: str, names, value, distill: bool = True) -> str:
     """Return the output of the Answer Agent: a verdict per memory, then the answer. '1 none\\n2 Kia\\nanswer: Kia'"""
@@ -268,8 +262,6 @@ def whose_lesson(rng: random.Random, draw, topics: int, mixed_up: float) -> list
         value = rng.choice(told if rng.random() < 0.2 else shown[speaker]).values[0]
     return [question_pair(world, shown, speaker, asked, value, mixed_up)]
 
-
-# ------------------------------------------------------------------------------------------------ the mixture
 
 def lesson(rng: random.Random, draw, progress: float) -> list[tuple[str, str]]:
     """Draw a lesson from the mixture at `progress` in [0, 1]: small banks at first, noisy labels at the end."""

@@ -33,7 +33,6 @@ from support.tiny_model.batches import batches, copy_lesson, pad_rows, predictio
 from support.tiny_model.gate import gate, model_card
 from support.tiny_model.tokenizer import make_tokenizer, name_pieces, save_tokenizer
 
-# ------------------------------------------------------------------------------------------------ model
 
 def make_model(vocab_size: int) -> LlamaForCausalLM:
     """
@@ -93,8 +92,6 @@ def save_model(model, folder: Path) -> None:
     saved.config._attn_implementation = "sdpa"
     saved.save_pretrained(folder)
 
-
-# ------------------------------------------------------------------------------------------------ training
 
 def update(model, optimizers, ids, learned, lr_scale: float) -> tuple[float, float]:
     """Train on one batch at `lr_scale` times the peak learning rates. Return loss and accuracy of the targets."""
@@ -165,8 +162,6 @@ def pretrain(model, tokenizer, args, begin: float) -> None:
         if num_tokens >= args.tokens:
             return
 
-
-# ------------------------------------------------------------------------------------------------ main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
