@@ -220,7 +220,8 @@ def test_ctrl_c_keeps_the_replies_and_sends_nothing_more(serve, cache):
     def rule(chat):
         if len(server.requests) == 20:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.2)
+        if len(server.requests) >= 20:
+            time.sleep(0.2)  # time for the main thread to notice, however busy the machine is
         return echo(chat)
 
     server = serve(rule=rule)
