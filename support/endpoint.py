@@ -81,6 +81,8 @@ class Endpoint:
                 list(tqdm(pool.map(work, missing), self.name, len(missing), leave=False, disable=None, delay=3))
             except self.openai.OpenAIError as error:
                 raise self.usage_error(error) from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C at any moment
         return [self.replies.get(key, "") for key in keys]
 
     def request(self, chat, max_new_tokens: int) -> str:
