@@ -266,7 +266,7 @@ class SharedFlags:
     """Flags that change the answers of all systems. FILE.json records them."""
     data: str = flag("synthetic", "synthetic, locomo, longmemeval, longmemeval-s, msc, or a file (data/transcript.py)")
     split: str = flag("test", "train, val or test")
-    seed: int = flag(1, "seed of synthetic dialogues and of intervals (1, as in training)")
+    seed: int = flag(1, "seed of synthetic dialogues and of intervals (1, as in held-out runs)")
     model: str = flag(str(TINY), "hub id or folder of a causal language model (data/tiny)")
     dtype: str | None = flag(None, "type of weights (GPU: bfloat16, CPU: float32)",
                              choices=("float32", "bfloat16", "float16"))
@@ -318,7 +318,7 @@ def arguments(argv=None) -> argparse.Namespace:
         for agent in {*BASELINES} & {*(agents or [])}:
             raise UsageError(f"{flag_name} {agent} is a baseline: give --system {agent}")
     if "oracle" in (args.system or []) and args.data != "synthetic":
-        raise UsageError("--system oracle needs known operations, which only --data synthetic has")
+        raise UsageError("--system oracle needs reference operations, which only --data synthetic has")
     if "endpoint" in (args.answer or []):
         raise UsageError("--answer endpoint: only a Manager can be hosted; give base or an adapter's folder")
     if args.out and not args.out.endswith(".json"):

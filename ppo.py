@@ -55,7 +55,7 @@ class Config:
     warmup: int = flag(5, "steps over which the learning rates rise", least=0)
     schedule: str = flag("linear", "learning rates after the warmup", choices=("linear", "constant"))
     clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
-    value_clip: float = flag(0.2, "a value that moved this far to its return gets no gradient; 0: no limit", least=0)
+    value_clip: float = flag(0.2, "a value moved this far to its return has no gradient; 0: no limit", least=0)
     gamma: float = flag(1.0, "discount", least=0, most=1)
     gae_lambda: float = flag(1.0, "GAE's lambda: 1 trusts the outcome, 0 the critic's next value", least=0, most=1)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)

@@ -287,9 +287,9 @@ def arguments(argv=None) -> argparse.Namespace:
     presets = {"data": REAL_DATA, "model": REAL_MODEL}
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
-        raise UsageError(f"--algo sft: --data {args.data} has no known operations to clone; add --teacher endpoint")
+        raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
     if args.data != "synthetic" and args.bank == "oracle":
-        raise UsageError("--bank oracle needs known operations, which only --data synthetic has")
+        raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
     return args
 
 

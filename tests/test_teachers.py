@@ -61,7 +61,7 @@ def test_a_hosted_teacher_builds_its_own_banks_and_is_never_asked_twice(serve, t
 
 def test_refusals(monkeypatch):
     monkeypatch.setenv("MANAGER_MODEL", "")
-    with pytest.raises(UsageError, match="--data locomo has no known operations.*--teacher endpoint"):
+    with pytest.raises(UsageError, match="--data locomo has no reference operations.*--teacher endpoint"):
         train_manager.arguments(["--algo", "sft", "--data", "locomo"])
     with pytest.raises(UsageError, match="set MANAGER_URL"):
         task("--teacher", "endpoint")
