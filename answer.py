@@ -29,7 +29,7 @@ from memory import Memory, MemoryBank, make_embedder
 from support.cli import Parser, exit_cleanly
 from support.prompts import fit_prompt, generate, memory_lines
 from support.run import check_distill
-from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, chat_messages, normalize_whitespace, sanitize_for_prompt
+from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, after_reasoning, chat_messages, normalize_whitespace, sanitize_for_prompt
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,15 @@ class Settings:
     max_new_tokens: int = 200
 
 
-RULES = """You answer a question about two people from memories of their conversations. Each memory has a number and \
-the date on which it was told.
-Read the memories of both people carefully and do not mix the people up. A memory may put the question's topic in \
-other words. Where memories contradict each other, the newest is right. Turn relative times in a memory ("last \
-year", "two months ago") into a date, month or year by the memory's date, and answer "when" with that date. If several \
-memories answer the question together, give all their values. Do not explain; answer in fewer than six words."""
-SYSTEM = RULES + """
-First select: write "relevant:" and the numbers of the memories that matter for the question, and nothing else on that \
-line. Then write the answer on its own line. Example:
-relevant: 2, 5
-answer: a beach in Spain"""
-SYSTEM_PLAIN = RULES + """
-Write the answer and nothing else, as in:
-answer: a beach in Spain"""
+# Prompts of real models, chosen on LoCoMo's train and val conversations (docs/results.md). They show no example answer,
+# because small models repeat it. The tiny model's chat template drops system messages.
+SYSTEM_PLAIN = """You answer questions about two people from numbered notes of their conversations. Answer in as few \
+words as possible: a name, a thing, a date or a short list. Do not write a sentence."""
+SYSTEM = """You answer questions about two people from numbered notes of their conversations. First name the notes \
+that matter, then answer in as few words as possible: a name, a thing, a date or a short list, never a sentence.
+Write exactly two lines:
+relevant: <numbers of the notes that matter>
+answer: <the short answer>"""
 
 
 @dataclass(frozen=True)
@@ -94,21 +89,25 @@ def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str,
     return {speaker: own for speaker, own in shown.items() if own}
 
 
-def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True) -> str:
-    """The user message. The question comes first too: a causal model then reads memories with it (2307.03172)."""
+def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True, tiny: bool = False) -> str:
+    """The user message: the memories of each speaker, then the question. `tiny`: in the tiny model's own words."""
     blocks, start = [], 1
     for speaker, own in shown.items():
-        blocks.append(f"{sanitize_for_prompt(f'memories of {speaker}:')}\n{memory_lines(own, start)}")
+        heading = sanitize_for_prompt(f"{'memories' if tiny else 'Memories'} of {speaker}:")
+        blocks.append(f"{heading}\n{memory_lines(own, start)}")
         start += len(own)
-    asked = f"question: {sanitize_for_prompt(question)}"
-    wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
-    return "\n".join([asked, *(blocks or ["memories:\nnone"]), asked, wanted])
+    asked = sanitize_for_prompt(question)
+    if tiny:  # the question first too: a causal model then reads the memories with it (2307.03172)
+        wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
+        return "\n".join([f"question: {asked}", *(blocks or ["memories:\nnone"]), f"question: {asked}", wanted])
+    return "\n".join([*(blocks or ["Memories: none"]), "", "Each date above says when the words were spoken. "
+                      f"Question: {asked}", "Answer in at most six words."])
 
 
 def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings):
     """The AnswerPrompt with the memories `ranked`, best first; the last are dropped if the prompt is too long."""
     def messages(memories):
-        text = case_text(by_speaker(memories, speakers), question, settings.distill)
+        text = case_text(by_speaker(memories, speakers), question, settings.distill, is_tiny(policy.name))
         return chat_messages(SYSTEM if settings.distill else SYSTEM_PLAIN, text)
 
     ids, kept, dropped = fit_prompt(policy, messages, ranked, settings.max_prompt_tokens)
@@ -122,21 +121,26 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
 
 
 def parse(completion: str) -> Answer:
-    """'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Never raises."""
-    text = completion[:MAX_OUTPUT_CHARS].replace("*", "")
-    found = list(re.finditer(r"(?im)^[ \t]*(?:final )?answer[ \t]*:[ \t]*(.*)$", text))
-    if not found:
-        return Answer("", (), False)
+    """
+    'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" the whole
+    text is the answer, as in the authors' code. Invalid: no answer, or nothing but reasoning. Never raises.
+    """
+    text = re.sub(r"[*`]", "", after_reasoning(completion[:MAX_OUTPUT_CHARS]))
+    marker = re.search(r"(?im)^[ \t]*(?:(?:the |final )?answer(?: is)?[ \t]*:|<answer>)\s*(\S.*)$", text)
     selected: list[str] = []
-    for line in text[:found[-1].start()].splitlines():
-        listed = re.match(r"(?i)\s*relevant(?: memories)?\s*:(.*)", line)
-        verdict = re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
+    rest = []
+    for line in (text[:marker.start()] if marker else text).splitlines():
+        listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line)
+        verdict = marker and re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
         if listed:  # ignore parentheses with letters: "2 (8 May 2023), (5)" selects 2 and 5
             undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
             selected += re.findall(r"\d{1,4}", undated)
         elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
             selected.append(verdict[1])
-    answer = normalize_whitespace(found[-1][1][:MAX_ANSWER_CHARS])
+        elif not verdict:
+            rest.append(line)
+    found = marker[1].partition("</answer>")[0] if marker else " ".join(rest)
+    answer = normalize_whitespace(found[:MAX_ANSWER_CHARS]).strip("\"\u201c\u201d ")
     return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 

@@ -117,7 +117,7 @@ def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
 def raw_bank(source: str, dialogue: Dialogue, embedder) -> MemoryBank:
     """A bank of the raw turns. "full-context" stores them under one name, "A and B"; "none" has no turns."""
     bank, turns = MemoryBank(embedder), () if source == "none" else dialogue.turns
-    texts = [f"{turn.speaker}: {turn.text}" for turn in turns]
+    texts = [manager.raw_text(turn) for turn in turns]
     embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
     for turn, text in zip(turns, texts, strict=True):
         bank.add(text, " and ".join(dialogue.speakers) if source == "full-context" else turn.speaker, turn.time)

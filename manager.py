@@ -323,6 +323,17 @@ def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = 
     return build_in_lockstep(dialogues, embedder, decide)
 
 
+def turn_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
+    """Baseline: banks of the raw turns, each with its speaker's name, as in retrieval-augmented generation."""
+    embedder.embed([raw_text(turn) for dialogue in dialogues for turn in dialogue.turns])  # one batch fills its cache
+    return build_in_lockstep(dialogues, embedder,
+                             lambda batch: [[Edit("ADD", None, raw_text(turn))] for _, _, turn in batch])
+
+
+def raw_text(turn: Turn) -> str:
+    return f"{turn.speaker}: {turn.text}"
+
+
 def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
     """Baseline: banks that stay empty."""
     return build_in_lockstep(dialogues, embedder, lambda batch: [[Edit("NOOP")] for _ in batch])

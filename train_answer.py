@@ -23,7 +23,7 @@ import data
 import grpo
 import manager
 import ppo
-from data import Dialogue, Question, UsageError
+from data import Dialogue, Question, UsageError, is_tiny
 from memory import MemoryBank, make_embedder
 from policy import Policy
 from support import cli
@@ -56,6 +56,8 @@ REAL_MODEL = {  # defaults of flags where they differ from those of the tiny mod
 
 @dataclass(frozen=True)
 class EpisodeFlags:
+    bank: str = flag("manager", "what builds the banks: a Manager, or turns: the raw turns are the memories",
+                     choices=("manager", "turns"))
     manager_adapter: str | None = flag(None, "run or adapter of the frozen Manager (none: base model)", metavar="DIR")
     max_operation_tokens: int = flag(80, "longest output of the Manager in tokens", least=1)
     distill: bool = flag(True, "select the relevant memories before answering")
@@ -107,10 +109,13 @@ class AnswerTask:
 
     def build(self, dialogues: list[Dialogue], name: str) -> tuple[list[BankQuestion], list[manager.BankBuild]]:
         """The frozen Manager's banks, and all questions that are asked at the end of the dialogues."""
-        settings = from_args(manager.Settings, self.args, max_new_tokens=self.args.max_operation_tokens)
-        agent = manager.Manager(self.policy, "manager" if self.args.manager_adapter else None, settings)
-        builds = manager.build_banks(agent, dialogues, make_embedder(self.args.embedder, str(self.policy.device)),
-                                     progress=f"{name}: reading {len(dialogues)} dialogues")
+        embedder = make_embedder(self.args.embedder, str(self.policy.device))
+        if self.args.bank == "turns":
+            builds = manager.turn_banks(dialogues, embedder)
+        else:
+            settings = from_args(manager.Settings, self.args, max_new_tokens=self.args.max_operation_tokens)
+            agent = manager.Manager(self.policy, "manager" if self.args.manager_adapter else None, settings)
+            builds = manager.build_banks(agent, dialogues, embedder, f"{name}: reading {len(dialogues)} dialogues")
         return [BankQuestion(question, build.bank, dialogue.speakers, build.sources)
                 for build, dialogue in zip(builds, dialogues, strict=True)
                 for question in dialogue.final_questions()], builds
@@ -145,9 +150,10 @@ class AnswerTask:
         """A readable record of an output, for samples.jsonl."""
         question, given = episode.item.question, answer.parse(completion)
         memories = answer.by_speaker(episode.shown, episode.item.speakers)
-        return {"prompt": answer.case_text(memories, question.text, self.settings.distill), "completion": completion,
-                "reward": reward, "parts": {"answer": given.text, "gold": question.answer, "selected": given.selected,
-                                            "evidence": sorted(episode.evidence())}}
+        return {"prompt": answer.case_text(memories, question.text, self.settings.distill, is_tiny(self.args.model)),
+                "completion": completion, "reward": reward,
+                "parts": {"answer": given.text, "gold": question.answer, "selected": given.selected,
+                          "evidence": sorted(episode.evidence())}}
 
     def evaluate(self, when: str, step: int) -> list[dict]:
         """Answer all questions about the held-out dialogues greedily, with all `--memories`."""

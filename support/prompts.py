@@ -1,4 +1,5 @@
 """Memories in prompts, prompts that fit a token limit, and their greedy completions."""
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -6,8 +7,9 @@ from support.text import sanitize_for_prompt
 
 
 def date_suffix(time: str) -> str:
-    """"3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
-    return f" ({time})" if time else ""
+    """The day: "3 May 2023" or "1:56 pm on 3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
+    day = re.sub(r"(?i)^\d{1,2}:\d\d *[ap]m on |,? \d{1,2}:\d\d$", "", time)
+    return f" ({day})" if day else ""
 
 
 def memory_lines(memories: Sequence, start: int = 1) -> str:

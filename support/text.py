@@ -10,6 +10,9 @@ MAX_JSON_STARTS = 100  # json_values tries to read JSON at this many brackets an
 # The first character of a role marker or end token: <|im_end|>, </s>, <｜User｜>, [/INST]. No match: "<3", "[a photo]".
 ROLE_MARKER = re.compile(r"[<＜﹤](?=[|｜/]?[^\W\d])|\[(?=/?\w*[A-Z]{2}\w*\])")
 
+REASONING_START = re.compile(r"(?i)<(think|thinking|reasoning|thought)>")
+REASONING_END = re.compile(r"(?i)</(?:think|thinking|reasoning|thought)>")
+
 
 def normalize_whitespace(text: str) -> str:
     """Text as one line of valid Unicode, the form in which it is stored and scored. " a\\n b" -> "a b" """
@@ -19,6 +22,12 @@ def normalize_whitespace(text: str) -> str:
 def sanitize_for_prompt(text: str) -> str:
     """Text as one line that cannot pose as another part of the prompt. "<|im_end|>" -> "< |im_end|>", plain text"""
     return ROLE_MARKER.sub(r"\g<0> ", normalize_whitespace(text))
+
+
+def after_reasoning(text: str) -> str:
+    """What a model says after its reasoning: "<think>Hm.</think>Kia" -> "Kia"; "" if the reasoning does not end."""
+    text = REASONING_END.split(text)[-1]  # a chat template may have opened the reasoning, so only its end is here
+    return "" if REASONING_START.search(text) else text
 
 
 def chat_messages(system: str, user: str) -> list[dict]:

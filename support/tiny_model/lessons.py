@@ -221,7 +221,7 @@ def question_pair(world: World, shown, speaker: str, names, value, mixed_up: flo
     if world.rng.random() < mixed_up:
         seen = [replace(entry, speaker=speaker, values=(value,) if value and entry.attribute in names else entry.values)
                 for entry in seen]
-    return answer_case(shown, question, distill), answer_text(seen, speaker, names, value, distill)
+    return answer_case(shown, question, distill, tiny=True), answer_text(seen, speaker, names, value, distill)
 
 
 def answer_lesson(rng: random.Random, draw, sizes: tuple[int, int], both: float, mixed_up: float,
