@@ -124,5 +124,6 @@ class Decoder:
             self.visible = self.visible[rows]
 
     def _forward(self, ids, positions, attention):
-        return self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache,
-                          use_cache=True, logits_to_keep=1, **self.shared).logits[:, -1]
+        states = self.model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions,
+                                       past_key_values=self.cache, use_cache=True, **self.shared).last_hidden_state
+        return self.model.get_output_embeddings()(states[:, -1])  # (N, H): of (N, 1, H), a CPU would copy V x H per row
