@@ -160,11 +160,9 @@ class Policy:
         self.device, self.head = model.device, model.get_output_embeddings()
         self.max_batch_tokens = max_batch_tokens  # tokens of a batch in `sample`; None: as many as fit
         self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # tokens, or None
-        self.chat = ChatTemplate(tokenizer, name) if tokenizer.chat_template else None
-        end_of_turn = self.chat and self.chat.end_of_turn
-        self.end_of_turn = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
+        self.chat = ChatTemplate(tokenizer, name)
         eos = getattr(model.generation_config, "eos_token_id", None)
-        eos = {self.end_of_turn, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        eos = {self.chat.end_of_turn, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.eos = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
         self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
         decoder = {*model.get_decoder().modules()}  # of a multimodal model, the language model
@@ -260,7 +258,7 @@ class Policy:
 
     def encode_reply(self, text: str) -> list[int]:
         """An assistant's reply as token ids with its end of turn, as `sample` would return them."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_of_turn]
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.chat.end_of_turn]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -6,8 +6,10 @@ from itertools import product
 from data import UsageError, is_tiny
 
 DATE = datetime(2024, 7, 26)  # for templates that write today's date: prompts must not change from day to day
-OPTIONS = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime,  # Llama's name, that of others
-           "enable_thinking": False}  # Qwen3
+OPTIONS = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False}  # names that templates of Llama and Qwen3 read
+# Other templates call strftime_now, which transformers defines. This macro hides it; a function cannot be passed.
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f".replace('%{code}', '{DATE:%{code}}')" for code in "AaBbdeHIjMmpSYy") + " }}{% endmacro %}{{ '' }}"
 SYSTEM, USER, REPLY = "Be brief.", "Hello there.", "Good morning."
 
 
@@ -20,9 +22,13 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, name: str):
         self.tokenizer, self.merges_system, self.uses_parts = tokenizer, False, False
-        if not is_tiny(name):
+        self.template = tokenizer.chat_template and tokenizer.get_chat_template()
+        if "strftime_now" in (self.template or ""):
+            self.template = FIXED_DATE + self.template
+        if self.template and not is_tiny(name):
             self._find_format(name)
-        self.end_of_turn = self._find_end_of_turn()  # a token id, or None if the template writes no special token
+        end_of_turn = self._find_end_of_turn()
+        self.end_of_turn = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
 
     def render(self, messages: list[dict], **options):
         """Token ids of a chat, or its text with tokenize=False."""
@@ -31,7 +37,8 @@ class ChatTemplate:
             messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
         if self.uses_parts:
             messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-        return self.tokenizer.apply_chat_template(messages, return_dict=False, **OPTIONS, **options)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, return_dict=False, **OPTIONS, **options)
 
     def _find_format(self, name):
         """Set `merges_system` and `uses_parts`: the first combination with which all words arrive in the prompt."""
@@ -52,14 +59,15 @@ class ChatTemplate:
                             "put at the head of the user's message", name)
 
     def _find_end_of_turn(self):
-        """The special token after an assistant's reply. A base model's EOS token can be another one."""
+        """The special token after an assistant's reply, or None. A base model's EOS token can be another one."""
         try:
             text = self.render([message("user", USER), message("assistant", REPLY)], tokenize=False)
-        except Exception:  # the template cannot render replies
+        except Exception:  # there is no template, or it cannot render replies
             return None
         _, reply, after = text.rpartition(REPLY)
         ids = self.tokenizer.encode(after.lstrip(), add_special_tokens=False) if reply else []
-        return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
+        special = {*self.tokenizer.added_tokens_decoder} - {self.tokenizer.unk_token_id}
+        return ids[0] if ids and ids[0] in special else None
 
 
 def message(role, content):

@@ -38,15 +38,27 @@ def num_parameters(name) -> int:
     source, options = locate(name)
     try:
         if options:
-            file = str(Path(source, options["gguf_file"]))
-            content = reader._mapped(file)  # a memory map; `gguf.GGUFReader` takes seconds for a large vocabulary
-            _, count, start = reader._read_metadata(content, file)
-            return sum(prod(shape) for _, shape, *_ in reader._read_tensor_table(content, count, start)[0])
+            return sum(prod(shape) for _, shape, *_ in gguf_header(source, **options)[1])
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     except Exception as error:  # many kinds, as below
         raise UsageError(f"model {name}: its size cannot be read ({one_line(error)}); {SOURCES}") from None
+
+
+def gguf_header(folder: str, gguf_file: str) -> tuple[dict, list]:
+    """Metadata and tensors [(name, shape, ...)] of a .gguf file. The gguf package's own reader takes seconds."""
+    path = str(Path(folder, gguf_file))
+    content = reader._mapped(path)
+    metadata, count, start = reader._read_metadata(content, path)
+    return metadata, reader._read_tensor_table(content, count, start)[0]
+
+
+def check_rotary(metadata: dict, tensors: list) -> None:
+    """ValueError if a .gguf file has scaled rotary positions (Llama 3.1, YaRN), which transformers 5.23 drops."""
+    if metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none") != "none" or any(
+            name.startswith("rope_f") for name, *_ in tensors):
+        raise ValueError("transformers does not read the scaled rotary positions of this .gguf file; take its folder")
 
 
 def default_device() -> str:
@@ -70,6 +82,7 @@ def load_pretrained(name, device=None, dtype=None):
         # Follow tokenizer.json: AutoTokenizer would give every Qwen2 model Qwen's own pre-tokenizer.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(source, **options)
         if options:
+            check_rotary(*gguf_header(source, **options))
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
