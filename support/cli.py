@@ -171,7 +171,7 @@ def seed_everything(seed: int) -> None:
 
 def describe_out_of_memory(error: BaseException) -> str:
     """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
-    found = re.search(r"\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
+    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
                       " ".join(str(error).split()))
     return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
 

@@ -114,7 +114,7 @@ def fits_backward(policy, tokens: int) -> bool:
 
 def max_train_tokens(policy) -> int:
     """Tokens of one forward and backward pass that should fit into memory; on a CPU at most 2^12."""
-    return tokens_within(policy, train_token_bytes(policy), cpu=2**12, gpu=2**20)
+    return tokens_within(policy, train_token_bytes(policy), cpu=2**12)
 
 
 def max_sampling_tokens(policy) -> int:
@@ -127,8 +127,8 @@ def max_sampling_tokens(policy) -> int:
     return tokens_within(policy, size, cpu=2**15, gpu=2**16)
 
 
-def tokens_within(policy, size: float, cpu: int, gpu: int) -> int:
-    """Number of tokens of `size` bytes each for one batch."""
+def tokens_within(policy, size: float, cpu: int, gpu: int = sys.maxsize) -> int:
+    """Number of tokens of `size` bytes each for one batch; `cpu`, `gpu`: the most on each kind of device."""
     free = MAX_FRACTION * free_memory(policy.device)
     if policy.device.type == "cuda":
         return min(gpu, int(free / size))

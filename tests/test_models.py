@@ -1,12 +1,14 @@
-"""Models from .gguf files; default dtype and device; chat templates; the window; layers for LoRA and checkpointing."""
+"""Models from .gguf files; default dtype and device; chat templates; window; layers for LoRA; full memory."""
 import json
 import logging
 from datetime import date
 
+import numpy as np
 import pytest
 import torch
 from gguf_file import IDS, random_model, write_gguf
 from tiny_models import COMPLETIONS, PROMPTS, SIZE, V, logits_of, make_tokenizer
+from toys import run_letters
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -17,11 +19,13 @@ from transformers import (
 )
 
 import evaluate
+import grpo
 import train_answer
 from data import TINY, UsageError
 from policy import Policy
 from support import pretrained
 from support.chat import ChatTemplate
+from support.cli import exit_cleanly
 from support.prompts import fit_prompt
 from support.run import read_rows
 
@@ -285,3 +289,46 @@ def test_a_model_without_linear_layers_is_one_line(tmp_path, caplog):
     with pytest.raises(UsageError, match="nn.Linear layers, and gpt2 has none") as error:
         Policy.load(saved(GPT2LMHeadModel(config), tmp_path), device="cpu")
     assert "\n" not in str(error.value) and not caplog.messages
+
+
+# ------------------------------------------------------------------------------------------------ full memory
+
+CPU = "[enforce fail at alloc_cpu.cpp:9] err == 0. DefaultCPUAllocator: {}: you tried to allocate 9 bytes. Error code 12"
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError(CPU.format("can't allocate memory")), "can't allocate memory: you tried to allocate 9 bytes"),
+    (RuntimeError(CPU.format("not enough memory")), "not enough memory: you tried to allocate 9 bytes"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)."), "MPS backend out of memory (MPS allocated: "),
+    (MemoryError(), "out of memory"), (MemoryError("Unable to allocate 7.11 PiB"), "Unable to allocate 7.11 PiB")])
+def test_a_full_machine_costs_one_step_and_prints_one_line(tiny, tmp_path, capsys, error, words):
+    def fail(_):
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(lambda: run_letters(tiny(b=0.0), tmp_path, grpo, {("rewards", 4): fail}, checkpoint_every=100))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"error: {words}" in line and ": lower --micro-batch-tokens" in line
+    assert "--resume" in line and "alloc_cpu" not in line
+    assert run_letters(tiny(b=0.0), tmp_path, grpo, resume=True, checkpoint_every=100).seen == [4, 5, 6]
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: bytearray(2**62)])
+def test_real_errors_of_full_memory_are_recognized(capsys, allocate):
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(allocate)
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_cleanly(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype, words", [
+    ("float32", "choose a smaller model or --dtype bfloat16"), ("bfloat16", "choose a smaller model$")])
+def test_a_model_that_does_not_fit_is_one_line(model_folders, monkeypatch, dtype, words):
+    def fail(*_, **__):
+        raise RuntimeError(CPU.format("can't allocate memory"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(UsageError, match=f"you tried to allocate 9 bytes; {words}"):
+        Policy.load(model_folders / "qwen2", device="cpu", dtype=dtype)
