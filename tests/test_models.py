@@ -293,7 +293,7 @@ def test_a_model_without_linear_layers_is_one_line(tmp_path, caplog):
 
 # ------------------------------------------------------------------------------------------------ full memory
 
-CPU = "[enforce fail at alloc_cpu.cpp:9] err == 0. DefaultCPUAllocator: {}: you tried to allocate 9 bytes. Error code 12"
+CPU = "[enforce fail at alloc_cpu:9] err == 0. DefaultCPUAllocator: {}: you tried to allocate 9 bytes. Error code 12"
 
 
 @pytest.mark.parametrize("error, words", [
