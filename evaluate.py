@@ -267,9 +267,9 @@ class SharedFlags:
     data: str = flag("synthetic", "synthetic, locomo, longmemeval, longmemeval-s, msc, or a file (data/transcript.py)")
     split: str = flag("test", "train, val or test")
     seed: int = flag(1, "seed of synthetic dialogues and of intervals (1, as in held-out runs)")
-    model: str = flag(str(TINY), "hub id or folder of a causal language model (data/tiny)")
-    dtype: str | None = flag(None, "type of weights (GPU: bfloat16, CPU: float32)",
-                             choices=("float32", "bfloat16", "float16"))
+    model: str = flag(str(TINY), "causal language model: hub id, folder or .gguf file (data/tiny)")
+    dtype: str | None = flag(None, "base weights (bfloat16 on a GPU and, above 50M parameters, on a CPU with AMX or "
+                             "AVX512-BF16; else float32)", choices=("float32", "bfloat16", "float16"))
     embedder: str = flag("hash", "hash, an encoder's hub id or folder, or hash+ENCODER")
     extract: bool = flag(False, "the base model lists the facts of a turn")
     top_k: int = flag(4, "related memories shown to the Manager", least=0)
@@ -295,7 +295,7 @@ class SystemFlags:
     limit: int | None = flag(None, "only N questions: the first, or evenly spread if each has its own dialogue",
                               least=1)
     at_once: int = flag(64, "dialogues and questions per batch; 1 times single calls", least=1)
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (a GPU if there is one)")
+    device: str | None = flag(None, "cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
     judge: str | None = flag(None, "a model that also marks answers: endpoint ($JUDGE_URL, ...), base, or a model")
     out: str | None = flag(None, "write results and predictions; continue if it was stopped", metavar="FILE.json")
     paper: bool = flag(False, "print the paper's results on LoCoMo next to these", action="store_true")

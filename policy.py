@@ -30,10 +30,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import TINY, UsageError
 from support import packing
 from support.attention import Decoder
+from support.chat import ChatTemplate
 from support.cli import Parser, exit_cleanly
 from support.distributed import all_gather, all_reduce_sum, local_shard
 from support.packing import PackedBatch, scatter_to_mask
@@ -81,16 +84,28 @@ class Scores(NamedTuple):
     mask: torch.Tensor  # (N, C) bool
 
 
+def rows_at_once(x, V):
+    """Number of rows of V float32 logits that exist at a time. With V = 150,000 all of them do not fit into memory."""
+    return max(1, 2 ** (25 if x.is_cuda else 22) // V)  # large enough for a GPU, small enough for a CPU's cache
+
+
 def sample_token(logits, temperature):
     """Draw one token per row, with its log-prob: (N, V) -> (N,), (N,). Temperature 0 takes the most likely token."""
+    u = 1 - torch.rand(len(logits), 1, device=logits.device) if temperature else logits[:, :1]  # in (0, 1]
+    size = rows_at_once(logits, logits.shape[1])
+    parts = [draw_token(*part, temperature) for part in zip(logits.split(size), u.split(size), strict=True)]
+    return [torch.cat(column).squeeze(1) for column in zip(*parts, strict=True)]
+
+
+def draw_token(logits, u, temperature):
+    """The token at the quantile u of softmax(logits / temperature), and its log-prob: (n, V), (n, 1) -> 2 x (n, 1)"""
     logp = (logits.float() / (temperature or 1)).log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
     else:  # inverse transform sampling: on a CPU 8 times as fast as torch.multinomial
         cdf = logp.exp().cumsum(-1)
-        u = 1 - torch.rand(len(cdf), 1, device=cdf.device)  # in (0, 1]
         token = torch.searchsorted(cdf, u * cdf[:, -1:]).clamp(max=cdf.shape[1] - 1)  # the clamp guards against NaN
-    return token.squeeze(1), logp.gather(1, token).squeeze(1)
+    return token, logp.gather(1, token)
 
 
 class TokenScores(torch.autograd.Function):
@@ -117,17 +132,24 @@ class TokenScores(torch.autograd.Function):
         return grad_logp[:, None].to(slope.dtype) * slope, None, None, None
 
 
-def token_scores(hidden, head, targets, temperature, chunk=None):
+def token_scores(hidden, head, targets, temperature, size=None):
     """
-    log pi(target) and the entropy of pi for all tokens. (T, H), (T,) -> (T,), (T,)
-    With V = 150,000, all T x V logits do not fit into memory, so only `chunk` of them exist at a time.
+    log pi(target) and the entropy of pi for all tokens, `size` of them at a time. (T, H), (T,) -> (T,), (T,)
     """
-    chunk = chunk or 2 ** (25 if hidden.is_cuda else 22)  # large enough for a GPU, small enough for a CPU's cache
-    size = max(1, chunk // head.out_features)
+    size = size or rows_at_once(hidden, head.out_features)
     parts = [TokenScores.apply(h, y, head, temperature)
              for h, y in zip(hidden.split(size), targets.split(size), strict=True)]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
+
+
+def checkpointed(forward):
+    """A layer's forward with gradient checkpointing. transformers' own needs training mode, which turns dropout on."""
+    def checkpointed_forward(*args, **inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **inputs)
+        return forward(*args, **inputs)
+    return checkpointed_forward
 
 
 class Policy:
@@ -137,22 +159,30 @@ class Policy:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
         self.max_batch_tokens = max_batch_tokens  # tokens of a batch in `sample`; None: as many as fit
+        self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # tokens, or None
+        self.chat = ChatTemplate(tokenizer, name)
         eos = getattr(model.generation_config, "eos_token_id", None)
-        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        eos = {self.chat.end_of_turn, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.eos = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
+        self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
+        decoder = {*model.get_decoder().modules()}  # of a multimodal model, the language model
+        self.layers = {path: LoRALinear(linear, self) for path, linear in model.named_modules()
+                       if isinstance(linear, nn.Linear) and linear in decoder and linear is not self.head}
+        if not self.layers:
+            raise UsageError(f"model {name}: LoRA needs nn.Linear layers, and {model.config.model_type} has none; "
+                             f"choose one of {', '.join(PACKABLE)}")
         self.packs = self._can_pack()
         if self.packs:
             model.config._attn_implementation = "shared"  # registered by support/attention.py
-        self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
-        self.layers = {path: LoRALinear(linear, self) for path, linear in model.named_modules()
-                       if isinstance(linear, nn.Linear) and linear is not self.head}
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
-        self.checkpointed = self._checkpointed_layers() if gradient_checkpointing else []
+        self.checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
+        if gradient_checkpointing and not self.checkpointed:
+            raise UsageError(f"model {name}: does not support --gradient-checkpointing; leave the flag out")
 
     @classmethod
     def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, **options):
-        """A policy from a hub id or a folder. Default dtype: bfloat16 on a GPU, float32 on a CPU."""
+        """A policy from a hub id, a folder or a .gguf file. Defaults of device and dtype: support/pretrained.py."""
         return cls(*load_pretrained(name, device, dtype), str(name), gradient_checkpointing, **options)
 
     def _can_pack(self):
@@ -170,12 +200,12 @@ class Policy:
         logging.warning("model %s: %s is scored without packing, which is slower", self.name, config.model_type)
         return False
 
-    def _checkpointed_layers(self):
-        """Turn on gradient checkpointing; return its layers, which keep only their input and recompute the rest."""
-        if not self.model.supports_gradient_checkpointing:
-            raise UsageError(f"model {self.name}: does not support --gradient-checkpointing; leave the flag out")
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    def _checkpoint_layers(self):
+        """Let the decoder's layers keep only their input for the backward pass, which computes the rest again."""
+        layers = [one for one in self.model.get_decoder().modules() if isinstance(one, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.forward = checkpointed(layer.forward)
+        return layers
 
     # -------------------------------------------------------------------------------------------- adapters
 
@@ -224,12 +254,11 @@ class Policy:
 
     def encode(self, messages: list[dict]) -> list[int]:
         """Chat messages as token ids, up to the beginning of the assistant's reply."""
-        return self.tokenizer.apply_chat_template(  # only Qwen3's template reads enable_thinking
-            messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+        return self.chat.render(messages, add_generation_prompt=True)
 
     def encode_reply(self, text: str) -> list[int]:
-        """An assistant's reply as token ids with its EOS, as `sample` would return them."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        """An assistant's reply as token ids with its end of turn, as `sample` would return them."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.chat.end_of_turn]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -243,6 +272,10 @@ class Policy:
         Under torchrun each process samples for its shard of the prompts, and every process receives all completions.
         """
         assert all(prompts) and max_new_tokens > 0, "an empty prompt, or nothing to sample"
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if self.window and longest > self.window:
+            raise UsageError(f"a prompt with its completion has up to {longest} tokens, but the window of model "
+                             f"{self.name} only {self.window}: lower --max-prompt-tokens or --max-new-tokens")
         rows = [tuple(prompt) for prompt in local_shard(prompts) for _ in range(n)]
         keys = rows if temperature == 0 else range(len(rows))  # greedy: equal prompts have equal keys
         rows, done = dict(zip(keys, rows, strict=True)), {}
@@ -295,12 +328,8 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The last hidden states that predict the completion tokens, (T, H)."""
-        for layer in self.checkpointed:  # transformers checkpoints a layer only in training mode
-            layer.training = torch.is_grad_enabled()
         states = self.model.base_model(input_ids=batch.ids, attention_mask=batch.attention,
                                        position_ids=batch.positions, use_cache=False).last_hidden_state
-        for layer in self.checkpointed:
-            layer.training = False
         return states.flatten(0, 1).index_select(0, batch.predictors)
 
     def score(self, prompts, completions, temperature=1.0, padded=False) -> Scores:
@@ -315,11 +344,16 @@ class Policy:
     def micro_batches(self, prompts, completions, max_tokens: int = 0) -> list[list[int]]:
         """
         Split this process's shard of the groups into lists of indices, one for each call of `score`: at most max_tokens
-        including padding (0: as many as fit into memory), or a single group.
+        including padding (0: as many as fit into memory), or a single group. If that group does not fit, gradient
+        checkpointing is turned on.
         """
         own = local_shard(range(len(prompts)))
         sizes = [len(prompts[i]) + sum(map(len, completions[i])) if self.packs
                  else len(completions[i]) * (len(prompts[i]) + max(map(len, completions[i]))) for i in own]
+        if not self.checkpointed and not packing.fits_backward(self, max(sizes, default=0)):
+            self.checkpointed = self._checkpoint_layers()
+            logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: gradient "
+                            "checkpointing is on, which takes a third more time", self.name, max(sizes))
         return [[own[i] for i in batch]
                 for batch in packing.batches_within(sizes, max_tokens or packing.max_train_tokens(self))]
 

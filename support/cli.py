@@ -40,13 +40,14 @@ def flag(default, help: str, **options):
 @dataclass(frozen=True)
 class RunFlags:
     algo: str = flag("grpo", "training algorithm; sft trains the Manager only", choices=("grpo", "ppo", "sft"))
-    model: str = flag(str(TINY), "hub id or folder of a causal language model (data/tiny)")
+    model: str = flag(str(TINY), "causal language model: hub id, folder or .gguf file (data/tiny)")
     data: str = flag("synthetic", "synthetic, locomo, a file in LoCoMo's format, or a transcript with questions")
     out: str | None = flag(None, "folder of the run", metavar="DIR")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint", action="store_true")
     overwrite: bool = flag(False, "replace the run in --out", action="store_true")
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (a GPU if there is one)")
-    dtype: str | None = flag(None, "base weights (GPU: bfloat16, CPU: float32)", choices=("float32", "bfloat16"))
+    device: str | None = flag(None, "cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
+    dtype: str | None = flag(None, "base weights (bfloat16 on a GPU and, above 50M parameters, on a CPU with AMX or "
+                             "AVX512-BF16; else float32)", choices=("float32", "bfloat16"))
     eval: int = flag(32, "number of held-out conversations, 0 for no evaluation", least=0)
 
 
@@ -54,14 +55,15 @@ class RunFlags:
 class RewardFlags:
     reward: str = flag("em", "score of an answer; the paper uses em", choices=("em", "f1", "judge", "composite"))
     judge: str = flag("endpoint", "model for --reward judge: endpoint (set JUDGE_URL, JUDGE_MODEL and, if needed, "
-                      "JUDGE_API_KEY), base (this run's model without adapters), or a hub id or folder")
+                      "JUDGE_API_KEY), base (this run's model without adapters), or a model as for --model")
 
 
 @dataclass(frozen=True)
 class ModelFlags:
     rank: int = flag(16, "rank of LoRA", least=1)
     alpha: float = flag(32.0, "scale of LoRA: updates are multiplied by alpha / rank")
-    gradient_checkpointing: bool = flag(False, "for large models: less memory, a third more time", action="store_true")
+    gradient_checkpointing: bool = flag(False, "less memory, a third more time; turns itself on if a prompt with its "
+                                        "completions would not fit", action="store_true")
     max_prompt_tokens: int = flag(1024, "longer prompts drop their least similar memories", least=16)
     embedder: str = flag("hash", "hash, hub id or folder of an encoder, or hash+ENCODER")
     extract: bool = flag(False, "let the base model list the facts of each turn; if not, the turn is its only fact")
@@ -167,11 +169,18 @@ def seed_everything(seed: int) -> None:
     transformers.set_seed(seed)
 
 
+def describe_out_of_memory(error: BaseException) -> str:
+    """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
+    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
+                      " ".join(str(error).split()))
+    return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
+
+
 def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
                  "--gradient-checkpointing", resume_hint="") -> None:
     """
     Run a script's `main`: an error the user can fix is one line and exit code 2, Ctrl-C is exit code 130. `less`: what
-    to lower if the GPU runs out of memory; `resume_hint`: how to continue, if not with --resume.
+    to lower if memory runs out; `resume_hint`: how to continue, if not with --resume.
     """
     name, command = Path(sys.argv[0]).name, [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     resume_hint = resume_hint or f"to continue: {shlex.join(['python', *command, '--resume'])}"
@@ -179,8 +188,10 @@ def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-
         return main()
     except UsageError as error:
         code, line = 2, f"{name}: error: {error}"
-    except torch.OutOfMemoryError as error:
-        code, line = 2, f"{name}: error: {str(error).split('. GPU')[0]}: lower {less}; {resume_hint}"
+    except (RuntimeError, MemoryError) as error:
+        if not (reason := describe_out_of_memory(error)):
+            raise
+        code, line = 2, f"{name}: error: {reason}: lower {less}; {resume_hint}"
     except KeyboardInterrupt:
         code, line = 130, f"\nstopped; {resume_hint}"
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended

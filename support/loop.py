@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import UsageError
 from support import distributed
-from support.cli import from_args
+from support.cli import describe_out_of_memory, from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
 
@@ -41,8 +41,9 @@ def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
     loop = Loop(policy, task, run, adapter, config)
     try:
         train(policy, task, loop, adapter, config)
-    except torch.OutOfMemoryError:
-        loop.save_unfinished_step()
+    except (RuntimeError, MemoryError) as error:
+        if describe_out_of_memory(error):
+            loop.save_unfinished_step()
         raise
     if not distributed.rank0_result(run.is_complete, config.steps):
         if distributed.is_rank0():

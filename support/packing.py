@@ -8,9 +8,19 @@ restart at the prompt's length for each completion.
 Shapes: P prompts, G completions each, N = P*G completions in prompt-major order, C tokens in the longest one, T
 completion tokens in all (without padding), R packed rows of L tokens.
 """
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from support.distributed import world_size
+
+MAX_FRACTION = 0.7  # of the free memory: the estimates leave out attention masks, logits, and fragments
+MAX_CPU_BYTES = 2**32  # of one batch: on a CPU larger ones are no faster
 
 
 class PackedBatch(NamedTuple):
@@ -87,32 +97,65 @@ def batches_within(sizes: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def max_train_tokens(policy) -> int:
-    """Tokens of one forward and backward pass that should fit into a GPU's free memory (a cautious estimate)."""
-    if policy.device.type != "cuda":
-        return 2**12
-    # For each token, backward needs the input of every linear layer and about three times its output.
+def train_token_bytes(policy) -> float:
+    """Memory that the backward pass needs for each token of a batch (a cautious estimate)."""
+    # The input of every linear layer and about three times its output.
     size = sum(layer.base.in_features + 3 * layer.base.out_features for layer in policy.layers.values())
     itemsize, depth = policy.head.weight.itemsize, policy.model.config.get_text_config().num_hidden_layers
-    size *= itemsize
     if policy.checkpointed:  # one layer at a time, with its gradient, and the input of every layer
-        size = 2 * size / depth + itemsize * policy.head.in_features * depth
-    return int(0.7 * free_memory(policy.device) / size)
+        size = 2 * size / depth + policy.head.in_features * depth
+    return itemsize * size
+
+
+def fits_backward(policy, tokens: int) -> bool:
+    """Whether one forward and backward pass over so many tokens should fit into the free memory."""
+    return tokens * train_token_bytes(policy) <= MAX_FRACTION * free_memory(policy.device)
+
+
+def max_train_tokens(policy) -> int:
+    """Tokens of one forward and backward pass that should fit into memory; on a CPU at most 2^12."""
+    return tokens_within(policy, train_token_bytes(policy), cpu=2**12)
 
 
 def max_sampling_tokens(policy) -> int:
     """Tokens of one sampling batch that should fit: keys and values, and the widest layer's activations."""
-    if policy.device.type != "cuda":
-        return 2**15
     config = policy.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     widest = max(layer.base.out_features for layer in policy.layers.values())
     size = policy.head.weight.itemsize * (2 * config.num_hidden_layers * key_heads * head_dim + 3 * widest)
-    return min(2**16, int(0.7 * free_memory(policy.device) / size))
+    return tokens_within(policy, size, cpu=2**15, gpu=2**16)
+
+
+def tokens_within(policy, size: float, cpu: int, gpu: int = sys.maxsize) -> int:
+    """Number of tokens of `size` bytes each for one batch; `cpu`, `gpu`: the most on each kind of device."""
+    free = MAX_FRACTION * free_memory(policy.device)
+    if policy.device.type == "cuda":
+        return min(gpu, int(free / size))
+    return min(cpu, int(min(free, MAX_CPU_BYTES) / size))
 
 
 def free_memory(device) -> int:
-    """Free bytes of a GPU, including memory that torch has reserved but does not use."""
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device))
+    """Free bytes of a GPU, including memory that torch has reserved but does not use; else of the machine."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    try:
+        free = int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except OSError:  # macOS: half of its memory; Windows: 4 GiB
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32
+    return min(free, *control_group_memory()) // world_size()  # the processes of torchrun share the machine
+
+
+def control_group_memory(root: str = "") -> list[int]:
+    """Bytes that are left below each memory limit of this process's control groups, as in a container (Linux)."""
+    left = [sys.maxsize]
+    with suppress(OSError):
+        for _, kind, path in (line.split(":", 2) for line in Path(f"{root}/proc/self/cgroup").read_text().splitlines()):
+            # Version 2 has no kind, version 1 one kind for each resource. Inside a container the path may not exist.
+            limit, used = ("memory.limit_in_bytes", "rss") if kind else ("memory.max", "anon")
+            for folder in (f"{root}/sys/fs/cgroup/{kind}{path}", f"{root}/sys/fs/cgroup/{kind}"):
+                with suppress(OSError, ValueError, KeyError):  # no such file, or the limit is "max"
+                    statistics = dict(map(str.split, Path(folder, "memory.stat").read_text().splitlines()))
+                    left.append(int(Path(folder, limit).read_text()) - int(statistics[used]))
+    return left

@@ -9,6 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from data import UsageError
 
+UNDERSTOOD = {  # fields of adapter_config.json with the values of plain LoRA; () stands for any value
+    "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "use_rslora": (True, False),
+    "init_lora_weights": (True, False, "gaussian"),  # the others, such as "pissa", change the base weights
+    "megatron_core": ("megatron.core",), "qalora_group_size": (16,),  # defaults without an effect
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "base_model_name_or_path", "revision", "peft_version",
+                     "inference_mode", "auto_mapping"), ()),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), ()),  # see the keys
+}
+OFF = (None, False, {}, [])  # of any other field: PEFT adds fields that are off by default
 PEFT_KEY = "base_model.model.{}.lora_{}.weight"
 
 
@@ -33,8 +42,8 @@ def read_adapter(folder):
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
         weights = load_file(Path(folder, "adapter_model.safetensors"))
-        plain = dict(peft_type="LORA", bias="none", use_dora=None, rank_pattern=None, alpha_pattern=None)
-        unsupported = [f"{key} {config.get(key)}" for key in plain if (config.get(key) or None) != plain[key]]
+        unsupported = [f"{key} {value}" for key, value in {"peft_type": None, **config}.items()
+                       if (allowed := UNDERSTOOD.get(key, OFF)) and value not in allowed]
         scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -48,7 +57,7 @@ def match_layers(folder, model_name: str, config: dict, weights: dict, layers: d
     """{path: (A, B)} for the policy's linear layers. UsageError if the adapter belongs to another model."""
     rank, trained_on, matrices = config["r"], config.get("base_model_name_or_path"), {}
     mismatch = f"adapter {folder} is not for model {model_name} (load the model it was trained on):"
-    if len({Path(x).resolve().name.lower() for x in (trained_on, model_name) if x}) > 1:
+    if len({model_stem(x) for x in (trained_on, model_name) if x}) > 1:
         raise UsageError(f"{mismatch} it names {trained_on}; if the model was only renamed, edit adapter_config.json")
     for path, layer in layers.items():
         pair = [weights.pop(key) for key in (PEFT_KEY.format(path, part) for part in "AB") if key in weights]
@@ -61,3 +70,8 @@ def match_layers(folder, model_name: str, config: dict, weights: dict, layers: d
     if weights or not matrices:
         raise UsageError(f"{mismatch} it has no linear layer for {min(weights, default='any of its tensors')}")
     return matrices
+
+
+def model_stem(name: str) -> str:
+    """models/Qwen2.5-3B and QWEN2.5-3b.gguf are the same model."""
+    return Path(name).resolve().name.lower().removesuffix(".gguf")

@@ -18,11 +18,16 @@ def memory_lines(memories: Sequence, start: int = 1) -> str:
     return "\n".join(map(sanitize_for_prompt, lines)) or "none"
 
 
-def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None) -> tuple[list[int], Sequence, int]:
-    """(ids of render(memories), memories, number dropped); memories: the first of `ranked`, as many as fit."""
+def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None, max_new_tokens: int = 256):
+    """
+    (ids of render(memories), memories, number dropped); memories: the first of `ranked`, as many as fit into max_tokens
+    and, with max_new_tokens after them, into the model's window.
+    """
     def encode_best(n):
         return policy.encode(render(ranked[:n]))
 
+    if window := getattr(policy, "window", None):  # a hosted model's window is unknown
+        max_tokens = min(max_tokens or window, max(1, window - max_new_tokens))
     n, ids = len(ranked), encode_best(len(ranked))
     if max_tokens and len(ids) > max_tokens:
         n = bisect_right(range(1, n), max_tokens, key=lambda n: len(encode_best(n)))  # as many as fit, possibly 0

@@ -58,7 +58,10 @@ train_manager --resume --overwrite => --resume continues the run in --out and --
 train_manager --out locomo.json => folder locomo.json cannot be written (File exists): fix this or choose another --out
 train_manager --out locomo.json/x => cannot be written (Not a directory)
 train_manager --device abacus => abacus: cannot be loaded
-train_manager --model ./nowhere => nowhere: no config.json there; give a hub id or a model's folder
+train_manager --model ./nowhere => nowhere: no config.json there; give a hub id, a model's folder or a .gguf file
+train_manager --model nowhere.gguf => nowhere.gguf: no such file; give a hub id, a folder with config.json
+train_manager --model text.gguf => text.gguf
+train_manager --model deaf => deaf: its chat template fails (it drops the user's message); choose a model whose
 train_manager --model empty => no config.json there
 train_manager --model truncated => model truncated as float32 on cpu: cannot be loaded
 train_manager --model pickled => no file named model.safetensors
@@ -109,6 +112,7 @@ evaluate --floor 7 => --floor 7.0: must be at most 1
 evaluate --memories 4,x => argument --memories: '4,x' must be positive numbers
 evaluate --system magic => argument --system: invalid choice: 'magic'
 evaluate --system oracle --data locomo.json => --system oracle needs reference operations
+evaluate --answer of-pissa => of-pissa: init_lora_weights pissa is not supported; train plain LoRA without bias
 evaluate --manager nowhere => adapter nowhere: cannot be read
 evaluate --answer unselective/adapter => unselective/adapter was trained without distillation
 evaluate --manager endpoint => set MANAGER_URL (or OPENAI_BASE_URL) and MANAGER_MODEL
@@ -167,12 +171,14 @@ def around(tmp_path_factory, tiny_folder):
     copied("pickled", pickled)
     copied("plain", lambda to: (to / "chat_template.jinja").unlink())
     copied("strict", lambda to: (to / "chat_template.jinja").write_text("{{ raise_exception('no system, please') }}"))
+    copied("deaf", lambda to: (to / "chat_template.jinja").write_text("Answer:"))
     copied("foreign", foreign)
+    Path("text.gguf").write_text("a text")
     shutil.copytree(tiny_folder, "letters")
     policy = Policy.load(TINY)
     policy.add_adapter("manager", 4, 8)
     for name, changes in (("of-another", {"base_model_name_or_path": "Qwen/Qwen2.5-3B-Instruct"}),
-                          ("of-rank-8", {"r": 8})):
+                          ("of-rank-8", {"r": 8}), ("of-pissa", {"init_lora_weights": "pissa"})):
         policy.save_adapter("manager", name)
         misfit(Path(name), **changes)
     for name, content in {

@@ -1,5 +1,6 @@
 """Scores of packed and padded completions against transformers' own forward pass, one completion at a time."""
 import logging
+import sys
 
 import pytest
 import torch
@@ -110,13 +111,13 @@ def test_chunks_change_neither_scores_nor_gradients(bias):
     torch.manual_seed(0)
     head, targets = torch.nn.Linear(16, 50, bias=bias).requires_grad_(False), torch.randint(50, (23,))
     weights, results = torch.randn(23), []
-    for chunk in (None, 50 * 23, 50 * 4, 1):
+    for size in (None, 23, 4, 1):
         hidden = torch.randn(23, 16, generator=torch.Generator().manual_seed(1)).mul_(3).requires_grad_()
-        if chunk is None:
+        if size is None:
             every = (head(hidden) / 1.3).log_softmax(-1)
             logp, entropy = every[range(23), targets], -(every.exp() * every).sum(-1).detach()
         else:
-            logp, entropy = token_scores(hidden, head, targets, 1.3, chunk)
+            logp, entropy = token_scores(hidden, head, targets, 1.3, size)
         (logp * weights).sum().backward()
         results.append((logp.detach(), entropy, hidden.grad))
     for result in results[1:]:
@@ -162,6 +163,79 @@ def test_the_estimate_for_sampling_covers_keys_values_and_the_widest_layer(load,
     assert packing.max_sampling_tokens(policy) == 700
     monkeypatch.setattr(packing, "free_memory", lambda device: 10**12)
     assert packing.max_sampling_tokens(policy) == 2**16
+
+
+@pytest.mark.parametrize("free, training, sampling", [
+    (10**12, 2**12, 2**15), (10**9, 2**12, 2**15), (10**7, 959, 8413), (10**4, 0, 8)])
+def test_batches_on_a_cpu_shrink_with_the_free_memory(load, monkeypatch, free, training, sampling):
+    """
+    float32, 2 layers, inputs of 6 x 32 + 48 and outputs of 224 numbers: 4 x 2 x (240 + 3 x 224) = 7296 bytes per token.
+    Sampling: keys and values of 2 x 8 numbers, three times 48 activations: 4 x (2 x 2 x 16 + 144) = 832 bytes.
+    """
+    policy = load("llama")
+    monkeypatch.setattr(packing, "free_memory", lambda device: free)
+    assert (packing.max_train_tokens(policy), packing.max_sampling_tokens(policy)) == (training, sampling)
+
+
+def test_a_batch_on_a_cpu_takes_4_gib_at_most(load, monkeypatch):
+    policy = load("llama")
+    monkeypatch.setattr(packing, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(packing, "train_token_bytes", lambda policy: 2**22)
+    assert packing.max_train_tokens(policy) == 2**10
+    monkeypatch.setattr(policy, "device", torch.device("cuda"))
+    assert packing.max_train_tokens(policy) == int(0.7 * 10**15 / 2**22)
+
+
+V1 = "4:memory:/job/7\n0::/"
+V2 = "0::/system.slice/run.service"
+
+
+@pytest.mark.parametrize("groups, files, left", [
+    (V2, {}, []), (V2, {"memory.max": "max", "memory.stat": "anon 5"}, []),
+    (V2, {"memory.max": "9000", "memory.stat": "file 800\nanon 5000\nkernel 7"}, [4000]),
+    (V2, {"system.slice/run.service/memory.max": "700", "system.slice/run.service/memory.stat": "anon 100"}, [600]),
+    (V1, {"memory/job/7/memory.limit_in_bytes": "8000", "memory/job/7/memory.stat": "cache 1\nrss 3000"}, [5000]),
+    (V1, {"memory/memory.limit_in_bytes": "8000", "memory/memory.stat": "cache 1\nrss 7000",
+          "memory.max": "500", "memory.stat": "anon 100"}, [1000, 400]),
+    (None, {"memory.max": "9000", "memory.stat": "anon 5000"}, [])])
+def test_a_containers_limit_counts(tmp_path, groups, files, left):
+    for name, content in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    if groups:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    assert {*packing.control_group_memory(str(tmp_path))} == {sys.maxsize, *left}
+
+
+def test_free_memory_is_the_smallest_limit_shared_by_the_processes(monkeypatch):
+    free = packing.free_memory(torch.device("cpu"))
+    assert 10**7 < free < 10**13
+    monkeypatch.setattr(packing, "control_group_memory", lambda: [10**15, 3000])
+    assert packing.free_memory(torch.device("cpu")) == 3000
+    monkeypatch.setattr(packing, "world_size", lambda: 4)
+    assert packing.free_memory(torch.device("cpu")) == 750
+
+
+@pytest.mark.parametrize("groups, turned_on", [([0, 2], False), ([1], True), ([2, 1, 0], True)])
+def test_gradient_checkpointing_turns_itself_on(load, monkeypatch, caplog, groups, turned_on):
+    """The groups have 12, 27 and 13 tokens. Memory is first for 27, then for 26."""
+    plain, policy = load(), load()
+    prompts, completions = ([some[i] for i in groups] for some in (PROMPTS, COMPLETIONS))
+    size = packing.train_token_bytes(policy)
+    for tokens in (27, 26, 26):
+        monkeypatch.setattr(packing, "free_memory", lambda device, tokens=tokens: (tokens + 0.5) * size / 0.7)
+        batches = policy.micro_batches(prompts, completions)
+        assert len(policy.checkpointed) == (2 if tokens == 26 and turned_on else 0)
+        assert sorted(sum(batches, [])) == list(range(len(groups)))
+    assert sum("gradient checkpointing is on" in line for line in caplog.messages) == turned_on
+    slopes = []
+    for one in (plain, policy):
+        with one.using("manager"):
+            slopes.append(gradients(one, one.score(PROMPTS, COMPLETIONS).logp.flatten()))
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind, budget, number", [

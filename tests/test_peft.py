@@ -57,6 +57,19 @@ def edit(folder, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.parametrize("fields", [
+    dict(init_lora_weights=True), dict(init_lora_weights=False), dict(init_lora_weights="gaussian"),
+    dict(task_type=None, auto_mapping={"base_model_class": "Qwen2ForCausalLM"}), dict(revision="1", lora_dropout=0.1),
+    dict(invented_tomorrow=None, off_by_default=False, patterns={}, names=[]), dict(layers_to_transform=[0, 1])])
+def test_fields_without_an_effect_are_accepted(load, tmp_path, fields):
+    policy = load()
+    policy.save_adapter("manager", tmp_path)
+    edit(tmp_path, **fields)
+    policy.load_adapter("copy", tmp_path)
+    for a, b in zip(policy.parameters("copy"), policy.parameters("manager"), strict=True):
+        assert torch.equal(a, b)
+
+
 def reshape(folder):
     weights = load_file(folder / "adapter_model.safetensors")
     weights = {key: x[:, :-1].contiguous() for key, x in weights.items()}
@@ -79,6 +92,24 @@ def rename(folder):
     (lambda f: edit(f, r=5), ["rank 5", "(4, 32)", "(5, 32)"]),
     (lambda f: edit(f, bias="all"), ["bias all"]),
     (lambda f: edit(f, use_dora=True), ["use_dora"]),
+    (lambda f: edit(f, init_lora_weights="pissa"), ["init_lora_weights pissa"]),
+    (lambda f: edit(f, init_lora_weights="pissa_niter_16"), ["init_lora_weights pissa_niter_16"]),
+    (lambda f: edit(f, init_lora_weights="olora"), ["init_lora_weights olora"]),
+    (lambda f: edit(f, init_lora_weights={"a": 1}), ["init_lora_weights"]),
+    (lambda f: edit(f, bias="lora_only"), ["bias lora_only"]),
+    (lambda f: edit(f, lora_bias=True), ["lora_bias True"]),
+    (lambda f: edit(f, use_rslora="yes"), ["use_rslora yes"]),
+    (lambda f: edit(f, task_type="SEQ_CLS"), ["task_type SEQ_CLS"]),
+    (lambda f: edit(f, modules_to_save=["lm_head"]), ["modules_to_save"]),
+    (lambda f: edit(f, alpha_pattern={"q_proj": 8}), ["alpha_pattern"]),
+    (lambda f: edit(f, layer_replication=[[0, 2]]), ["layer_replication"]),
+    (lambda f: edit(f, target_parameters=["mlp.experts"]), ["target_parameters"]),
+    (lambda f: edit(f, fan_in_fan_out=True), ["fan_in_fan_out"]),
+    (lambda f: edit(f, trainable_token_indices=[7]), ["trainable_token_indices"]),
+    (lambda f: edit(f, use_qalora=True), ["use_qalora"]),
+    (lambda f: edit(f, kasa_config={"k": 1}), ["kasa_config"]),
+    (lambda f: edit(f, invented_tomorrow=0.5), ["invented_tomorrow"]),
+    (lambda f: edit(f, peft_type=None), ["peft_type None"]),
     (lambda f: edit(f, rank_pattern={"q_proj": 8}), ["rank_pattern"]),
     (lambda f: edit(f, peft_type="LOHA"), ["LOHA"]),
     (lambda f: edit(f, base_model_name_or_path="Qwen/Qwen2.5-7B"), ["Qwen/Qwen2.5-7B", "qwen2"]),
