@@ -94,16 +94,34 @@ class Episode:
     dropped: int = 0  # memories that the prompt dropped because of its length
 
 
-def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
+def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
     """
-    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the
-    turn; in LoCoMo, which asks all questions at the end, those whose evidence includes the turn.
+    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
+    Other data asks at the end: a question scores the turn of its last evidence, if the bank before that turn, which is
+    built from `window` turns, can hold the rest. Later or older evidence would make the reward depend on other turns.
     """
     linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
+    places = {turn.id: i for i, turn in enumerate(dialogue.turns)}
     for question in dialogue.questions:
-        for turn in [question.asked_after] if is_timed else question.evidence:
+        evidence = sorted(question.evidence, key=places.__getitem__)
+        is_inside = bool(evidence) and places[evidence[-1]] - places[evidence[0]] <= window
+        turn = question.asked_after if is_timed else evidence[-1] if is_inside else None
+        if turn is not None:
             linked[turn] += (question,)
-    return {turn: questions for turn, questions in linked.items() if turn is not None}
+    return dict(linked)
+
+
+def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
+    """How many questions score a turn, and why the others do not. UsageError if none does."""
+    asked = [question for dialogue in dialogues for question in dialogue.questions]
+    linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
+    num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
+    if not linked:
+        reason = "names a turn as evidence" if without == len(asked) else f"fits into --window {args.window}"
+        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be judged")
+    return (f"--data {args.data}: {num_linked} of {len(asked)} questions judge {len(linked)} turns; left out: "
+            f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
+            f"--window {args.window} turns apart")
 
 
 class ManagerTask:
@@ -123,8 +141,8 @@ class ManagerTask:
             self.teacher = Endpoint.from_environment("MANAGER", cache=REPLIES) if args.teacher == "endpoint" else None
             return
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
-        if self.dialogues and not any(map(linked_questions, self.dialogues)):
-            raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
+        if self.dialogues:
+            print(describe_links(self.dialogues, args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
@@ -139,7 +157,7 @@ class ManagerTask:
         num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
         count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns per dialogue
         dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
-        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue)]
+        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue, self.args.window)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
         rng, drawn = random.Random(f"{self.args.seed} {first}"), []
         while len(drawn) < num_episodes:  # turns of a small data set are drawn repeatedly
@@ -172,7 +190,8 @@ class ManagerTask:
         facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may find none
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        return Episode(prompt, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers, dropped)
+        questions = linked_questions(dialogue, self.args.window)[turn.id]
+        return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
         """Rewards (P, G), 0 for an invalid output; metrics of the step; readable samples."""

@@ -4,16 +4,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_longmemeval import ENTRY as LONGMEMEVAL
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import data.locomo
 import manager
 import train_manager
-from data import Dialogue, Question, Turn
+from data import Dialogue, Question, Turn, UsageError, longmemeval
 from policy import Completion, Policy
 
 ROOT = Path(__file__).parent.parent
@@ -53,16 +56,52 @@ def made():
 
 # ------------------------------------------------------------------------------------------------ the task
 
-def test_linked_questions_by_time_or_by_evidence():
-    turns = tuple(Turn(f"D1:{i}", 1, "Ann", "text", "1 May 2023") for i in range(3))
-    by_evidence = Dialogue("d", ("Ann", "Bob"), turns, (Question("a", "?", "x", 4, ("D1:0", "D1:2")),
-                                                        Question("b", "?", "x", 4, ("D1:2",)),
-                                                        Question("c", "?", "x", 4)))
-    linked = train_manager.linked_questions(by_evidence)
-    assert {turn: [q.id for q in qs] for turn, qs in linked.items()} == {"D1:0": ["a"], "D1:2": ["a", "b"]}
-    timed = Dialogue("d", ("Ann", "Bob"), turns, (Question("a", "?", "x", 4, ("D1:0",), "D1:1"),
-                                                  Question("b", "?", "x", 4, ("D1:0",))))
-    assert {t: [q.id for q in qs] for t, qs in train_manager.linked_questions(timed).items()} == {"D1:1": ["a"]}
+def evidence_dialogue(**evidence):
+    """Six turns, "t0" to "t5", and a question of each name with this evidence: a="52" names t5 and t2."""
+    turns = tuple(Turn(f"t{i}", 1, "Ann", f"text {i}", "1 May 2023") for i in range(6))
+    return Dialogue("d", ("Ann", "Bob"), turns, tuple(
+        Question(name, "?", "x", 4, tuple(f"t{i}" for i in numbers)) for name, numbers in evidence.items()))
+
+
+@pytest.mark.parametrize("window, wanted", [
+    (0, {"t3": "b", "t0": "d"}), (2, {"t3": "be", "t0": "d"}), (3, {"t5": "a", "t3": "be", "t0": "d"}),
+    (4, {"t5": "a", "t3": "be", "t0": "d"}), (5, {"t5": "ac", "t3": "be", "t0": "d"})])
+def test_a_question_judges_the_turn_of_its_last_evidence_if_the_window_holds_the_rest(window, wanted):
+    """The order of the evidence in the file does not matter. A question without evidence judges no turn."""
+    linked = train_manager.linked_questions(evidence_dialogue(a="52", b="3", c="50", d="0", e="213", f=""), window)
+    assert {turn: "".join(question.id for question in questions) for turn, questions in linked.items()} == wanted
+
+
+def test_synthetic_questions_judge_the_turn_after_which_they_are_asked():
+    timed = evidence_dialogue(a="0", b="05")
+    timed = replace(timed, questions=(replace(timed.questions[0], asked_after="t1"), timed.questions[1]))
+    linked = train_manager.linked_questions(timed, 0)
+    assert {turn: [question.id for question in questions] for turn, questions in linked.items()} == {"t1": ["a"]}
+
+
+def test_longmemeval_has_the_same_rule():
+    """Its turns are sorted by date: the evidence is in the first and in the last of six."""
+    dialogue = longmemeval.make_dialogue(LONGMEMEVAL, "x")
+    found = [list(train_manager.linked_questions(dialogue, window)) for window in (4, 5)]
+    assert found == [[], ["D5:1"]]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_the_bank_of_the_window_holds_the_oldest_evidence_that_is_allowed(window, tmp_path, monkeypatch):
+    made = task(data=small_file(tmp_path), bank="base", window=window)
+    monkeypatch.setattr(manager, "build_banks", lambda agent, *rest: manager.turn_banks(*rest))
+    memories, = made.banks_before([(evidence_dialogue(), 4)])
+    assert [text for text, *_ in memories] == [f"Ann: text {i}" for i in range(4 - window, 4)]
+
+
+def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
+    args = SimpleNamespace(data="mine", window=3)
+    dialogues = [evidence_dialogue(a="52", b="50", c=""), evidence_dialogue(d="5", e="1", f="50")]
+    assert train_manager.describe_links(dialogues, args) == (
+        "--data mine: 3 of 6 questions judge 3 turns; left out: 1 without evidence, 2 whose evidence is more than "
+        "--window 3 turns apart")
+    with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be judged"):
+        train_manager.describe_links([evidence_dialogue(a="50", b="")], args)
 
 
 def test_every_episode_is_a_turn_with_its_bank_and_questions(made):
@@ -242,13 +281,20 @@ def test_locomo_runs_with_any_model(tmp_path, family):
     assert "new facts from" in rows(tmp_path / "run/samples.jsonl")[0]["prompt"]
 
 
-def test_locomo_training_split_links_its_evidence_turns():
+def test_links_of_locomos_training_conversation_equal_an_independent_count():
+    """203 pairs of question and evidence; 53 have later evidence, 23 more have some over 50 turns back."""
     if LOCOMO is None:
         pytest.skip("locomo10.json is not there")
     dialogue, = data.locomo.load("train", path=LOCOMO)
-    assert len(dialogue.questions) == 152
-    linked = train_manager.linked_questions(dialogue)
-    assert (len(linked), sum(map(len, linked.values()))) == (133, 203)  # 202 strings, one naming two turns
+    order = [turn.id for turn in dialogue.turns]
+    pairs = [(question, order.index(turn)) for question in dialogue.questions for turn in question.evidence]
+    seen = [[i - order.index(turn) for turn in question.evidence] for question, i in pairs]
+    later, far = [min(gaps) < 0 for gaps in seen], [max(gaps) > 50 for gaps in seen]
+    assert (len(pairs), sum(later), sum(map(any, zip(later, far, strict=True)))) == (203, 53, 53 + 23)
+    kept = {(question.id, order[i]) for (question, i), *bad in zip(pairs, later, far, strict=True) if not any(bad)}
+    linked = train_manager.linked_questions(dialogue, 50)
+    assert kept == {(question.id, turn) for turn, questions in linked.items() for question in questions}
+    assert len(kept) == sum(map(len, linked.values())) == 127 and len(linked) == 100
 
 
 def small_file(tmp_path):
