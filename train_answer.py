@@ -30,8 +30,8 @@ from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.judge import make_scorer
-from support.loop import epoch_indices, run_training
-from support.run import check_out
+from support.loop import epoch_indices, make_adapter, run_training
+from support.run import check_distill, check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo}
 NUM_DIALOGUES = 24  # synthetic dialogues to train on, with about 50 questions each
@@ -160,8 +160,8 @@ class AnswerTask:
         if not self.held_out:
             return []
         episodes = [self.make_episode(item, self.args.memories) for item in self.held_out]
-        answers = answer.generate_answers(self.policy, episodes, "answer" if when == "trained" else None,
-                                          self.settings.max_new_tokens)
+        adapter = "answer" if when == "trained" or self.args.init_adapter else None
+        answers = answer.generate_answers(self.policy, episodes, adapter, self.settings.max_new_tokens)
         pairs = [(given.text, item.question.answer) for given, item in zip(answers, self.held_out, strict=True)]
         return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.bank_report,
                  **output_metrics(episodes, answers)}]
@@ -180,9 +180,11 @@ def main(argv=None) -> None:
     rank0_result(check_out, args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    if args.init_adapter:
+        check_distill(args.init_adapter, args.distill)
     if args.manager_adapter:
         policy.load_adapter("manager", args.manager_adapter)
-    policy.add_adapter("answer", args.rank, args.alpha)
+    make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, AnswerTask(policy, args), args)
 
 

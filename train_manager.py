@@ -42,7 +42,7 @@ from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.endpoint import Endpoint
 from support.judge import make_scorer
-from support.loop import run_training
+from support.loop import make_adapter, run_training
 from support.run import check_distill, check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
@@ -246,7 +246,7 @@ class ManagerTask:
         if not self.held_out:
             return []
         dialogues, is_synthetic = self.held_out, self.args.data == "synthetic"
-        agent = self.trained if when == "trained" else self.base
+        agent = self.trained if when == "trained" or self.args.init_adapter else self.base
         build = partial(manager.build_banks, agent, embedder=self.embedder, progress=f"held out: {when}")
         builds = {when: build(dialogues)}
         if when == "untrained":
@@ -320,7 +320,7 @@ def main(argv=None) -> None:
     if args.answer_adapter:
         check_distill(args.answer_adapter, True)
         policy.load_adapter("answer", args.answer_adapter)
-    policy.add_adapter("manager", args.rank, args.alpha)
+    make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)
 
 

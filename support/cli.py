@@ -59,6 +59,8 @@ class RewardFlags:
 
 @dataclass(frozen=True)
 class ModelFlags:
+    init_adapter: str | None = flag(None, "run or adapter to start from: it gives --rank and --alpha, and the KL "
+                                    "penalty pulls towards it (none: a new adapter)", metavar="DIR")
     rank: int = flag(16, "rank of LoRA", least=1)
     alpha: float = flag(32.0, "scale of LoRA: updates are multiplied by alpha / rank")
     gradient_checkpointing: bool = flag(False, "for large models: less memory, a third more time", action="store_true")

@@ -19,6 +19,7 @@ from support.cli import from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
 
+REFERENCE = "reference"  # name of the frozen copy of --init-adapter
 PATIENCE = 5  # a run ends after this many steps in a row with a refused update (a number was not finite)
 
 
@@ -63,12 +64,26 @@ def run_training(algorithm, policy, task: Task, args) -> None:
     print(f"adapter, metrics and samples are in {run.folder}")
 
 
+def make_adapter(policy, args) -> None:
+    """Add the adapter to train: a new one, or --init-adapter with its rank and alpha, beside a frozen copy."""
+    if not args.init_adapter:
+        return policy.add_adapter(args.agent, args.rank, args.alpha)
+    for name in (args.agent, REFERENCE):
+        policy.load_adapter(name, args.init_adapter)
+    args.rank, args.alpha = (policy.adapters[args.agent][name] for name in ("r", "lora_alpha"))
+
+
 class Loop:
     def __init__(self, policy, task: Task, run: Run, adapter: str, config):
         self.policy, self.task, self.run, self.adapter, self.config = policy, task, run, adapter, config
         self.optimizer, self.parameters = None, []
         self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
         self.refused = []  # names of the tensors for which the last steps, in a row, refused updates
+
+    @property
+    def reference(self) -> str | None:
+        """Where the KL penalty pulls the policy: to the adapter that it started from, or to the base model."""
+        return REFERENCE if REFERENCE in self.policy.adapters else None
 
     def steps(self, optimizer, first_results=()):
         """
