@@ -3,8 +3,9 @@ Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). In 
 is whether the questions linked to a turn are answered correctly from the edited bank.
 
     python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
-    python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
+    python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --steps 50
     python train_manager.py --algo sft                        # the baseline Memory-SFT: clone reference operations
+    python train_manager.py --algo grpo --init-adapter runs/manager-sft      # start from what SFT has learned
     torchrun --nproc_per_node=4 train_manager.py --model ...  # one process per GPU: see support/distributed.py
 
 One episode is one turn of a dialogue:
@@ -40,20 +41,35 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
-from support.endpoint import Endpoint
 from support.judge import make_scorer
 from support.loop import make_adapter, run_training
 from support.run import check_distill, check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
-REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cached replies of a hosted teacher
 REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
     **cli.REAL_DATA,
     "bank": "base",  # there are no reference operations
     "linked": "mean",  # a turn may have many linked questions, and all are rarely right at once
     "named_only": False,  # as in the paper
 }
-REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
+SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
+    "window": 10,  # LoCoMo: 119 of the 127 questions that 50 turns allow, with banks that cost a fifth
+    "memories": 12,  # more distract a small Answer Agent
+    "distill": False,  # selecting first costs a small Answer Agent a third of its F1
+    "reward": "composite",  # its answers are rarely exact
+    "max_prompt_tokens": 2048,  # longer ones do not fit into 8 GB with their gradients
+    "max_new_tokens": 256,  # operations for all facts of a turn
+    "max_answer_tokens": 40,  # six words, with room for a sentence
+    "group_size": 8,  # also for PPO, so that both learn from equally many outputs
+    "batch_size": 8,  # 64 outputs, each with answers to its linked questions: minutes on a CPU
+    "minibatch": 4,  # two optimizer steps on a batch
+    "steps": 30,  # 240 turns: every turn that questions judge appears twice
+    "lr": 1e-4,  # LoRA tolerates larger steps on small models
+    "warmup": 3,  # a tenth of the steps
+    "beta": 0.005,  # few steps do not move far
+    "loss_mean": "token",  # else each token of a short NOOP weighs more than those of a long ADD
+}
+LARGE_MODEL = {  # for larger models
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 512,  # operations for all facts of a turn
     "max_answer_tokens": 256,  # the selection comes before the answer
@@ -69,18 +85,13 @@ class EpisodeFlags:
     refresh: int = flag(5, "steps after which new turns are drawn and their banks built", least=1)
     answer_adapter: str | None = flag(None, "run or adapter of the Answer Agent (none: base model)", metavar="DIR")
     max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
+    distill: bool = flag(True, "let the Answer Agent select the relevant memories before it answers")
 
 
 @dataclass(frozen=True)
 class ManagerRewardFlags(cli.RewardFlags):
     linked: str = flag("all", "reward of an output: mean score of the linked questions, or all for the lowest score, "
                        "which is 1 only if all answers are right", choices=("mean", "all"))
-
-
-@dataclass(frozen=True)
-class TeacherFlags:
-    teacher: str = flag("known", "clone the reference operations of synthetic data (known) or a hosted Manager "
-                        "(endpoint: set MANAGER_URL, MANAGER_MODEL and MANAGER_API_KEY)", choices=("known", "endpoint"))
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class ManagerTask:
         self.pool: list[Episode] = []
         self.state: dict = {}  # memories of the pool's banks; a resumed run needs them, as the Manager has changed
         if args.algo == "sft":
-            self.teacher = Endpoint.from_environment("MANAGER", cache=REPLIES) if args.teacher == "endpoint" else None
+            self.teacher = cli.make_teacher(args)
             return
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
         if self.dialogues:
@@ -300,10 +311,8 @@ class ManagerTask:
 
 def arguments(argv=None) -> argparse.Namespace:
     """The settings of a run, from the command line and the presets above."""
-    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags,
-                     **({"teacher": TeacherFlags} if algo == "sft" else {"reward": ManagerRewardFlags})}
-              for algo, algorithm in ALGORITHMS.items()}
-    presets = {"data": REAL_DATA, "model": REAL_MODEL}
+    groups = cli.flag_groups(ALGORITHMS, EpisodeFlags, ManagerRewardFlags)
+    presets = {"data": REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
@@ -318,7 +327,7 @@ def main(argv=None) -> None:
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
-        check_distill(args.answer_adapter, True)
+        check_distill(args.answer_adapter, args.distill)
         policy.load_adapter("answer", args.answer_adapter)
     make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)

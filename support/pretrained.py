@@ -11,6 +11,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def num_parameters(name) -> int:
+    """The number of parameters of a model, from its configuration alone. UsageError if that cannot be read."""
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(name))
+    except Exception as error:
+        raise UsageError(f"model {name}: its configuration cannot be read ({error})") from None
+    return model.num_parameters()
+
+
 def load_pretrained(name, device=None, dtype=None):
     """(model, tokenizer) from a hub id or folder. Default dtype: bfloat16 on a GPU, float32 on a CPU."""
     name, device = str(name), str(device or default_device())

@@ -1,6 +1,8 @@
 """The parts of the training loop that the algorithms share: learning rates, batches, optimizer steps, checkpoints."""
 import math
 import random
+import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from support.loop import (
     REFERENCE,
     Loop,
     Update,
+    advice,
     epoch_indices,
     lr_multiplier,
     make_adapter,
@@ -29,7 +32,7 @@ from support.loop import (
     update_metrics,
 )
 from support.rollouts import minibatches, select_groups
-from support.run import Run
+from support.run import Run, warn_once
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -79,6 +82,35 @@ def test_update_metrics_leave_refused_updates_out_of_the_mean():
     assert update_metrics([]) == {"grad_norm": 0, "skipped": 0}
     assert update_metrics([Update(1.0), Update(0.0, "a"), Update(2.0), Update(0.0, "b")]) == {
         "grad_norm": 1.5, "skipped": 2, "not_finite_in": "a"}
+
+
+FINE = {"unfinished_rate": 0.5, "invalid_rate": 0.5, "zero_std_rate": 0.99, "reward": 0.1}
+
+
+@pytest.mark.parametrize("metrics, words", [
+    ({}, []), (FINE, []), ({"loss": 2.0, "entropy": 1.0}, []),
+    (FINE | {"unfinished_rate": 0.51}, [r"51% .* cut off at --max-new-tokens 7: raise it"]),
+    (FINE | {"invalid_rate": 1.0}, [r"100% .* invalid .* --algo sft .* --init-adapter"]),
+    (FINE | {"zero_std_rate": 1.0}, [r"every group are equal \(mean 0.10\).* --reward composite.* --group-size"]),
+    ({"unfinished_rate": 0.9, "invalid_rate": 0.8, "zero_std_rate": 1, "reward": 1.0}, ["90%", "80%", "mean 1.00"])])
+def test_advice_after_the_first_step(metrics, words):
+    found = advice(metrics, SimpleNamespace(max_new_tokens=7))
+    assert len(found) == len(words) and all(map(re.search, words, found)) and not any("\n" in text for text in found)
+
+
+@pytest.mark.parametrize("settings, noted", [({"algo": "grpo"}, True), ({}, False)])
+def test_a_script_says_after_step_1_how_long_the_run_takes_and_what_looks_wrong(tmp_path, capsys, settings, noted):
+    """Once, and not for a toy, which has no flags."""
+    warn_once.cache_clear()
+    loop = Loop(None, None, Run(tmp_path, settings), "agent", SimpleNamespace(steps=31, max_new_tokens=9))
+    loop.optimizer = two_groups()[2]
+    for step in (1, 2):
+        loop.start = time.time() - 90.2
+        loop.log(step, {"unfinished_rate": 0.75}, [])
+    out, err = capsys.readouterr()
+    assert (out.count("30 more steps like this one take 0:45:"), out.count("like this one")) == (noted, noted)
+    assert err.count("note: step 1: 75% of the completions were cut off at --max-new-tokens 9") == noted
+    assert err.count("note") == noted
 
 
 # --- optimizer steps ---

@@ -18,6 +18,7 @@ import manager
 import train_manager
 from data import Dialogue, Question, Turn, UsageError, longmemeval
 from policy import Completion, Policy
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 LOCOMO = next((path for path in (ROOT.parent / "shared/data/locomo10.json",
@@ -183,18 +184,36 @@ def test_same_seed_same_episodes_whatever_came_before():
 
 TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size": 8, "minibatch": 0, "lr": 3e-3,
         "loss_mean": "token", "max_new_tokens": 80, "max_answer_tokens": 48, "max_prompt_tokens": 1024, "top_k": 4,
-        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32}
+        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32,
+        "window": 50, "distill": True, "reward": "em"}
 REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "linked": "mean",
              "eval": 1, "loss_mean": "completion"}
-REAL_MODEL = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+SMALL = {"window": 10, "memories": 12, "distill": False, "reward": "composite", "max_prompt_tokens": 2048,
+         "max_new_tokens": 256, "max_answer_tokens": 40, "group_size": 8, "batch_size": 8, "minibatch": 4, "steps": 30,
+         "lr": 1e-4, "loss_mean": "token"}
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch):
+    """Of the models that are not there, S is below 1e9 parameters, X is not, and NONE cannot be read."""
+    known = {"Qwen/S": 999_999_999, "Qwen/X": 1_000_000_000}
+
+    def num_parameters(name):
+        if name not in known:
+            raise UsageError("not there")
+        return known[name]
+    monkeypatch.setattr(cli, "num_parameters", num_parameters)
 
 
 @pytest.mark.parametrize("argv, wanted", [
-    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", REAL_MODEL),
-    ("--data x.json --model Qwen/X", REAL_DATA | REAL_MODEL),
+    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", LARGE), ("--model Qwen/NONE", LARGE),
+    ("--model Qwen/S", SMALL), ("--data locomo --model Qwen/S", REAL_DATA | SMALL),
+    ("--algo ppo --model Qwen/S", SMALL | {"out": "runs/manager-ppo"}),
+    ("--data x.json --model Qwen/X", REAL_DATA | LARGE),
     ("--algo ppo", {"out": "runs/manager-ppo", "group_size": 4, "minibatch": 6, "lr": 1e-3}),
     ("--data locomo --memories 7 --no-extract --lr 0.5 --model Qwen/X",
-     REAL_DATA | REAL_MODEL | {"memories": 7, "extract": False, "lr": 0.5})])
+     REAL_DATA | LARGE | {"memories": 7, "extract": False, "lr": 0.5})])
 def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
     settings = vars(train_manager.arguments(argv.split()))
     assert {name: settings[name] for name in TINY} == TINY | wanted
@@ -202,11 +221,22 @@ def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
 
 def test_every_preset_belongs_to_a_flag_and_gives_its_default():
     for algo in train_manager.ALGORITHMS:
-        argv = ["--algo", algo, "--data", "locomo", "--model", "Qwen/X", *(["--teacher", "endpoint"] * (algo == "sft"))]
-        settings = vars(train_manager.arguments(argv))
-        for name, value in (train_manager.REAL_DATA | train_manager.REAL_MODEL).items():
-            wanted = value[algo] if isinstance(value, dict) else value
-            assert settings.get(name, wanted) == wanted and (name in settings or algo == "sft")
+        for model, own in (("Qwen/X", train_manager.LARGE_MODEL), ("Qwen/S", train_manager.SMALL_MODEL)):
+            argv = f"--algo {algo} --data locomo --model {model}{' --teacher endpoint' * (algo == 'sft')}"
+            settings = vars(train_manager.arguments(argv.split()))
+            for name, value in (train_manager.REAL_DATA | own).items():
+                wanted = value[algo] if isinstance(value, dict) else value
+                assert settings.get(name, wanted) == wanted and (name in settings or algo == "sft")
+
+
+def test_the_defaults_that_were_chosen_are_told_as_flags():
+    assert cli.describe_presets(train_manager.arguments([])) == ""
+    begin = ["--data", "locomo", "--model", "Qwen/X"]
+    told = cli.describe_presets(train_manager.arguments([*begin, "--lr", "0.5", "--no-extract"]))
+    assert told == ("--top-k 10 --memories 60 --loss-mean completion --eval 1 --bank base --linked mean --no-named-only "
+                    "--max-prompt-tokens 4096 --max-new-tokens 512 --max-answer-tokens 256")
+    again = train_manager.arguments([*begin, *told.split()])
+    assert again == train_manager.arguments(begin), "they can be copied"
 
 
 def test_the_help_shows_the_flags_and_defaults_of_one_algorithm(capsys, monkeypatch):
@@ -248,6 +278,15 @@ def test_a_run_writes_its_files_and_resumes(tmp_path):
     more = run_script("--algo", "grpo", *QUICK, "--steps", "3", "--out", out, "--resume")
     assert more.returncode == 0, more.stderr
     assert [line["step"] for line in rows(out / "metrics.jsonl") if "eval" not in line] == [1, 2, 3]
+
+    # Another run starts where this one ended; it takes the rank from it.
+    run = run_script("--algo", "sft", *QUICK[:6], "--out", tmp_path / "next", "--init-adapter", out, "--rank", "3")
+    assert run.returncode == 0, run.stderr
+    ended = next(line for line in rows(out / "metrics.jsonl") if line.get("eval") == "trained")
+    begun = next(line for line in rows(tmp_path / "next/metrics.jsonl") if line.get("eval") == "untrained")
+    assert {**begun, "step": 3, "eval": "trained"} == {**ended, "step": 3}
+    settings = json.loads((tmp_path / "next/config.json").read_text())
+    assert (settings["rank"], settings["alpha"], settings["init_adapter"]) == (16, 32, str(out))
 
 
 def local_model(folder, config, kind):
