@@ -150,6 +150,17 @@ def parse(completion: str) -> Answer:
     return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 
+def format_answer(given: Answer, shown: Sequence[Memory], distill: bool = True, tiny: bool = False) -> str:
+    """An answer as a completion, the inverse of `parse`. `tiny`: a verdict per memory, as the tiny model writes it."""
+    if not tiny:
+        return f"relevant: {', '.join(map(str, given.selected))}\nanswer: {given.text}" if distill else given.text
+    verdicts, words = [], given.text.split(" and ")
+    for i, memory in enumerate(shown if distill else (), 1):
+        told = [word for word in words if i in given.selected and word in f"{memory.time} {memory.text}"]
+        verdicts.append(f"{i} {' and '.join(told) or 'none'}")
+    return "\n".join([*verdicts, f"answer: {given.text}"])
+
+
 def generate_answers(policy, prompts: Sequence[AnswerPrompt], adapter: str | None, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a batch of prompts. `Policy.sample` computes identical prompts once."""
     return [parse(text) for text in generate(policy, adapter, [one.prompt for one in prompts], max_new_tokens)]

@@ -20,7 +20,7 @@ Differences from Memory-R1:
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
-the base model with LoRA off. A new adapter changes nothing, so the reference equals the initial policy.
+the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of the adapter begun from.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -116,7 +116,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
 
 # ------------------------------------------------------------------------------------------------ one step
 
-def make_rollouts(policy: Policy, prompts, groups, rewards: torch.Tensor, config: Config) -> Rollouts | None:
+def make_rollouts(policy: Policy, prompts, groups, rewards, config: Config, reference=None) -> Rollouts | None:
     """Advantages and reference log-probs of a step's completions; None if all groups have equal rewards."""
     informative = (~all_equal(rewards)).nonzero().flatten().tolist()  # indices of groups
     if not informative:
@@ -128,7 +128,7 @@ def make_rollouts(policy: Policy, prompts, groups, rewards: torch.Tensor, config
     rollouts = select_groups(rollouts, informative)
     if config.beta == 0:
         return rollouts
-    with policy.using(None):
+    with policy.using(reference):
         logp_ref = policy.map_groups(lambda *batch: policy.score(*batch, config.temperature).logp, rollouts.prompts,
                                      rollouts.completions, config.micro_batch_tokens)  # without gradient
     return replace(rollouts, logp_ref=logp_ref)
@@ -167,7 +167,7 @@ def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
         with policy.using(adapter):
             groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
         rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
-        rollouts = make_rollouts(policy, prompts, groups, rewards, config)
+        rollouts = make_rollouts(policy, prompts, groups, rewards, config, loop.reference)
         metrics = update(policy, optimizer, rollouts, adapter, config, step) if rollouts else NO_UPDATE
         loop.log(step, rollout_metrics(rewards, groups) | metrics | task_metrics, samples)
 

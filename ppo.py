@@ -17,7 +17,8 @@ Differences from Memory-R1:
 1. Its ratio is "per action". Here it is per token, as in VERL, which Memory-R1 used: a token is an action, the prompt
    and the tokens so far are the state.
 2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0.
-   At first the baseline is therefore the mean reward over all tokens, which whitening subtracts.
+   At first the baseline is therefore the mean reward over all tokens, which whitening subtracts. It is always a new
+   adapter, also where the policy starts from a trained one.
 3. It has no KL term. Here k3 is in the loss, as in grpo.py. InstructGPT has the KL in the reward, where the critic must
    predict it, and whitening enlarges it if all outcomes are similar. A drawback of the loss: a token gets no gradient
    from the KL of later tokens.
@@ -26,7 +27,8 @@ Differences from Memory-R1:
    the reward, however wrong the critic is. With 0.95, a token 30 steps before the end would get .95^30 = .21 of it.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
-`mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: reference, LoRA off.
+`mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
+the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of the adapter begun from.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -186,7 +188,7 @@ def value_loss(values, values_old, returns, mask, clip):
 
 # ------------------------------------------------------------------------------------------------ one step
 
-def make_rollouts(policy: Policy, critic: Critic, prompts, groups, rewards: torch.Tensor, config: Config) -> Rollouts:
+def make_rollouts(policy: Policy, critic, prompts, groups, rewards, config: Config, reference=None) -> Rollouts:
     """Values, advantages, returns and reference log-probs of a step's completions, without gradient."""
     completions = [[completion.ids for completion in group] for group in groups]
     mask, logp_old = sampled_tensors(groups, policy.device)
@@ -198,7 +200,7 @@ def make_rollouts(policy: Policy, critic: Critic, prompts, groups, rewards: torc
                         mean_length=mask.sum().item() / len(mask))
     if config.beta == 0:
         return rollouts
-    with policy.using(None):
+    with policy.using(reference):
         logp_ref = policy.map_groups(lambda *batch: policy.score(*batch, config.temperature).logp, prompts,
                                      completions, config.micro_batch_tokens)
     return replace(rollouts, logp_ref=logp_ref)
@@ -244,7 +246,7 @@ def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
         with policy.using(adapter):
             groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
         rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
-        rollouts = make_rollouts(policy, critic, prompts, groups, rewards, config)
+        rollouts = make_rollouts(policy, critic, prompts, groups, rewards, config, loop.reference)
         metrics = update(policy, critic, optimizer, rollouts, adapter, config, step)
         metrics["explained_variance"] = explained_variance(rollouts.values_old, rollouts.returns, rollouts.mask)
         loop.log(step, rollout_metrics(rewards, groups) | metrics | task_metrics, samples)

@@ -1,6 +1,6 @@
 """
 SFT: supervised fine-tuning (behaviour cloning) on a teacher's outputs, for the baseline Memory-SFT (Memory-R1, arXiv
-2508.19828, table 1). There is no reward and no sampling.
+2508.19828, table 1), or before reinforcement learning (`--init-adapter`). There is no reward and no sampling.
 
 One training step, with the function that does it:
 1. take a batch of P prompts, each with the teacher's completion              epoch_indices
@@ -9,7 +9,8 @@ One training step, with the function that does it:
 4. write one line to metrics.jsonl                                            loop.log
 
 Differences from the paper:
-1. Its teacher is GPT-5. Here the task provides the demonstrations: reference operations, or outputs of a hosted model.
+1. Its teacher is GPT-5. Here the task provides the demonstrations: reference operations, correct answers, or outputs
+   of a hosted model.
 2. It gives no settings. Here they are those of grpo.py and ppo.py, so that the three can be compared.
 
 Shapes: P prompts, one completion each, C tokens in the longest. `mask` (P, C) is False on padding.
@@ -26,7 +27,7 @@ from support.loop import epoch_indices, mean_per_token, optimizer_step, update_m
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults train the tiny model's Manager; train_manager.py has the presets for other models."""
+    """The defaults train the tiny model's Manager; train_manager.py and train_answer.py have the presets for others."""
     steps: int = flag(90, "training steps", least=1)
     batch_size: int = flag(24, "demonstrations in a step, P", least=1)
     lr: float = flag(3e-3, "peak learning rate", least=0)

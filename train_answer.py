@@ -5,6 +5,9 @@ irrelevant. In one completion the agent names the relevant ones (memory distilla
     python train_answer.py --algo grpo --manager-adapter runs/manager-grpo     # banks built by that Manager
     python train_answer.py --algo grpo                                         # banks built by the base model
     python train_answer.py --algo grpo --no-distill --out runs/answer-plain    # answers without distillation
+    python train_answer.py --algo grpo --model Qwen/Qwen2.5-0.5B-Instruct --data locomo      # raw turns as memories
+    python train_answer.py --algo sft                                          # clone correct answers
+    python train_answer.py --algo grpo --init-adapter runs/answer-sft          # start from what SFT has learned
 
 One episode is one question about a dialogue, answered from its finished bank:
 1. build the banks of all dialogues once, before training, with the frozen Manager      AnswerTask.build
@@ -23,6 +26,7 @@ import data
 import grpo
 import manager
 import ppo
+import sft
 from data import Dialogue, Question, UsageError, is_tiny
 from memory import MemoryBank, make_embedder
 from policy import Policy
@@ -30,10 +34,10 @@ from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.judge import make_scorer
-from support.loop import epoch_indices, run_training
-from support.run import check_out
+from support.loop import epoch_indices, make_adapter, run_training
+from support.run import check_distill, check_out
 
-ALGORITHMS = {"grpo": grpo, "ppo": ppo}
+ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
 NUM_DIALOGUES = 24  # synthetic dialogues to train on, with about 50 questions each
 NUM_TURNS = 100  # turns of a synthetic dialogue, which give about 15 memories of each speaker
 SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
@@ -46,7 +50,24 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
     "max_new_tokens": 200,  # a verdict on each memory, then the answer
     "eval": 8,  # about 400 questions
 }
-REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
+SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
+    "bank": "turns",  # the base Manager of such a model loses most facts; --manager-adapter uses that Manager's banks
+    "memories": 12,  # more distract it: F1 .319 with 12, .286 with 16
+    "distill": False,  # selecting first costs a third of the F1: .209 instead of .327
+    "reward": "composite",  # EM is nearly always 0 at the start; the rewards of nearly all groups differ with F1 in it
+    "max_prompt_tokens": 2048,  # 12 turns take about 750
+    "max_new_tokens": 40,  # six words, with room for a sentence
+    "max_operation_tokens": 256,  # operations for all facts of a turn
+    "group_size": 8,  # also for PPO, so that both learn from equally many answers
+    "batch_size": 8,  # 64 answers: one to two minutes a step on two CPU cores
+    "minibatch": 4,  # two optimizer steps on a batch
+    "steps": 30,  # the F1 still rises: .319, .357 after 15, .378 after 30
+    "lr": 1e-4,  # LoRA tolerates larger steps on small models
+    "warmup": 3,  # a tenth of the steps
+    "beta": 0.005,  # few steps do not move far
+    "loss_mean": "token",  # else answers of one word outweigh lists
+}
+LARGE_MODEL = {  # for larger models
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 256,  # the numbers of the relevant memories, then the answer
     "max_operation_tokens": 512,  # operations for all facts of a turn
@@ -81,6 +102,11 @@ class Episode(answer.AnswerPrompt):
         turns = set(self.item.question.evidence)
         return {i for i, memory in enumerate(self.shown, 1) if turns & self.item.sources[memory.id]}
 
+    def shows_all_evidence(self) -> bool:
+        """Whether the answer follows from the shown memories. Synthetic data answers "none" if no turn implies more."""
+        question, shown = self.item.question, [self.item.sources[memory.id] for memory in self.shown]
+        return question.answer == "none" or set() < set(question.evidence) <= set().union(*shown)
+
 
 def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]) -> dict[str, float | None]:
     """Mean numbers of shown and selected memories; fractions of the selected that are evidence, of invalid outputs."""
@@ -99,7 +125,11 @@ class AnswerTask:
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args, self.settings = policy, args, from_args(answer.Settings, args)
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
+        if args.algo == "sft":
+            self.teacher = cli.make_teacher(args)
+        else:
+            self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device,
+                                     dtype=args.dtype)
         sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
         self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
         self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")
@@ -155,13 +185,39 @@ class AnswerTask:
                 "parts": {"answer": given.text, "gold": question.answer, "selected": given.selected,
                           "evidence": sorted(episode.evidence())}}
 
+    def demonstrations(self) -> tuple[list[list[int]], list[list[int]], dict]:
+        """Prompts, the teacher's completions, a report. Left out: answers that are invalid."""
+        count = min(len(self.questions), self.args.steps * self.args.batch_size)
+        chosen = epoch_indices(1, len(self.questions), batch_size=count, seed=self.args.seed)
+        episodes = [self.make_episode(self.questions[i], self.args.memories) for i in chosen]
+        form = {"distill": self.args.distill, "tiny": is_tiny(self.args.model)}
+        pairs = [(episode.prompt, answer.format_answer(given, episode.shown, **form))
+                 for episode, given in zip(episodes, self.teacher_answers(episodes), strict=True) if given.is_valid]
+        if not pairs:
+            raise UsageError(f"nothing to clone: none of the teacher's {count} answers can be used")
+        report = {"invalid_rate": 1 - len(pairs) / count}
+        return [prompt for prompt, _ in pairs], [self.policy.encode_reply(text) for _, text in pairs], report
+
+    def teacher_answers(self, episodes: Sequence[Episode]) -> list[answer.Answer]:
+        """
+        Answers to clone: a hosted model's, or the correct ones, which select the memories with evidence. With
+        distillation, a correct answer is invalid if some evidence is not shown: no selection would imply it.
+        """
+        if self.teacher:
+            settings = replace(self.settings, max_prompt_tokens=None)
+            prompts = [answer.prompt_for(self.teacher, episode.shown, episode.item.question.text,
+                                         episode.item.speakers, settings) for episode in episodes]
+            return answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
+        return [answer.Answer(episode.item.question.answer, tuple(sorted(episode.evidence())),
+                              not self.args.distill or episode.shows_all_evidence()) for episode in episodes]
+
     def evaluate(self, when: str, step: int) -> list[dict]:
         """Answer all questions about the held-out dialogues greedily, with all `--memories`."""
         if not self.held_out:
             return []
         episodes = [self.make_episode(item, self.args.memories) for item in self.held_out]
-        answers = answer.generate_answers(self.policy, episodes, "answer" if when == "trained" else None,
-                                          self.settings.max_new_tokens)
+        adapter = "answer" if when == "trained" or self.args.init_adapter else None
+        answers = answer.generate_answers(self.policy, episodes, adapter, self.settings.max_new_tokens)
         pairs = [(given.text, item.question.answer) for given, item in zip(answers, self.held_out, strict=True)]
         return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.bank_report,
                  **output_metrics(episodes, answers)}]
@@ -169,10 +225,12 @@ class AnswerTask:
 
 def arguments(argv=None) -> argparse.Namespace:
     """The settings of a run, from the command line and the presets above."""
-    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags, "reward": cli.RewardFlags}
-              for algo, algorithm in ALGORITHMS.items()}
-    presets = {"agent": SYNTHETIC, "data": cli.REAL_DATA, "model": REAL_MODEL}
-    return cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
+    presets = {"agent": SYNTHETIC, "data": cli.REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
+    groups = cli.flag_groups(ALGORITHMS, EpisodeFlags)
+    args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
+    if args.manager_adapter:
+        args.bank = "manager"
+    return args
 
 
 def main(argv=None) -> None:
@@ -180,9 +238,11 @@ def main(argv=None) -> None:
     rank0_result(check_out, args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
+    if args.init_adapter:
+        check_distill(args.init_adapter, args.distill)
     if args.manager_adapter:
         policy.load_adapter("manager", args.manager_adapter)
-    policy.add_adapter("answer", args.rank, args.alpha)
+    make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, AnswerTask(policy, args), args)
 
 

@@ -3,8 +3,9 @@ Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). In 
 is whether the questions linked to a turn are answered correctly from the edited bank.
 
     python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
-    python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --lr 1e-5 --steps 200
+    python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --steps 50
     python train_manager.py --algo sft                        # the baseline Memory-SFT: clone reference operations
+    python train_manager.py --algo grpo --init-adapter runs/manager-sft      # start from what SFT has learned
     torchrun --nproc_per_node=4 train_manager.py --model ...  # one process per GPU: see support/distributed.py
 
 One episode is one turn of a dialogue:
@@ -40,20 +41,35 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
-from support.endpoint import Endpoint
 from support.judge import make_scorer
-from support.loop import run_training
+from support.loop import make_adapter, run_training
 from support.run import check_distill, check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
-REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cached replies of a hosted teacher
 REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
     **cli.REAL_DATA,
     "bank": "base",  # there are no reference operations
     "linked": "mean",  # a turn may have many linked questions, and all are rarely right at once
     "named_only": False,  # as in the paper
 }
-REAL_MODEL = {  # defaults of flags where they differ from those of the tiny model
+SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
+    "window": 10,  # LoCoMo: 119 of the 127 questions that 50 turns allow, with banks that cost a fifth
+    "memories": 12,  # more distract a small Answer Agent
+    "distill": False,  # selecting first costs a small Answer Agent a third of its F1
+    "reward": "composite",  # its answers are rarely exact
+    "max_prompt_tokens": 2048,  # longer ones do not fit into 8 GB with their gradients
+    "max_new_tokens": 256,  # operations for all facts of a turn
+    "max_answer_tokens": 40,  # six words, with room for a sentence
+    "group_size": 8,  # also for PPO, so that both learn from equally many outputs
+    "batch_size": 8,  # 64 outputs, each with answers to its linked questions: minutes on a CPU
+    "minibatch": 4,  # two optimizer steps on a batch
+    "steps": 30,  # 240 turns: every turn that questions judge appears twice
+    "lr": 1e-4,  # LoRA tolerates larger steps on small models
+    "warmup": 3,  # a tenth of the steps
+    "beta": 0.005,  # few steps do not move far
+    "loss_mean": "token",  # else each token of a short NOOP weighs more than those of a long ADD
+}
+LARGE_MODEL = {  # for larger models
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 512,  # operations for all facts of a turn
     "max_answer_tokens": 256,  # the selection comes before the answer
@@ -69,18 +85,13 @@ class EpisodeFlags:
     refresh: int = flag(5, "steps after which new turns are drawn and their banks built", least=1)
     answer_adapter: str | None = flag(None, "run or adapter of the Answer Agent (none: base model)", metavar="DIR")
     max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
+    distill: bool = flag(True, "let the Answer Agent select the relevant memories before it answers")
 
 
 @dataclass(frozen=True)
 class ManagerRewardFlags(cli.RewardFlags):
     linked: str = flag("all", "reward of an output: mean score of the linked questions, or all for the lowest score, "
                        "which is 1 only if all answers are right", choices=("mean", "all"))
-
-
-@dataclass(frozen=True)
-class TeacherFlags:
-    teacher: str = flag("known", "clone the reference operations of synthetic data (known) or a hosted Manager "
-                        "(endpoint: set MANAGER_URL, MANAGER_MODEL and MANAGER_API_KEY)", choices=("known", "endpoint"))
 
 
 @dataclass(frozen=True)
@@ -94,16 +105,34 @@ class Episode:
     dropped: int = 0  # memories that the prompt dropped because of its length
 
 
-def linked_questions(dialogue: Dialogue) -> dict[str, tuple[Question, ...]]:
+def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
     """
-    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the
-    turn; in LoCoMo, which asks all questions at the end, those whose evidence includes the turn.
+    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
+    Other data asks at the end: a question scores the turn of its last evidence, if the bank before that turn, which is
+    built from `window` turns, can hold the rest. Later or older evidence would make the reward depend on other turns.
     """
     linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
+    places = {turn.id: i for i, turn in enumerate(dialogue.turns)}
     for question in dialogue.questions:
-        for turn in [question.asked_after] if is_timed else question.evidence:
+        evidence = sorted(question.evidence, key=places.__getitem__)
+        is_inside = bool(evidence) and places[evidence[-1]] - places[evidence[0]] <= window
+        turn = question.asked_after if is_timed else evidence[-1] if is_inside else None
+        if turn is not None:
             linked[turn] += (question,)
-    return {turn: questions for turn, questions in linked.items() if turn is not None}
+    return dict(linked)
+
+
+def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
+    """How many questions score a turn, and why the others do not. UsageError if none does."""
+    asked = [question for dialogue in dialogues for question in dialogue.questions]
+    linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
+    num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
+    if not linked:
+        reason = "names a turn as evidence" if without == len(asked) else f"fits into --window {args.window}"
+        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be judged")
+    return (f"--data {args.data}: {num_linked} of {len(asked)} questions judge {len(linked)} turns; left out: "
+            f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
+            f"--window {args.window} turns apart")
 
 
 class ManagerTask:
@@ -120,11 +149,11 @@ class ManagerTask:
         self.pool: list[Episode] = []
         self.state: dict = {}  # memories of the pool's banks; a resumed run needs them, as the Manager has changed
         if args.algo == "sft":
-            self.teacher = Endpoint.from_environment("MANAGER", cache=REPLIES) if args.teacher == "endpoint" else None
+            self.teacher = cli.make_teacher(args)
             return
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
-        if self.dialogues and not any(map(linked_questions, self.dialogues)):
-            raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
+        if self.dialogues:
+            print(describe_links(self.dialogues, args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
@@ -139,7 +168,7 @@ class ManagerTask:
         num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
         count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns per dialogue
         dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
-        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue)]
+        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue, self.args.window)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
         rng, drawn = random.Random(f"{self.args.seed} {first}"), []
         while len(drawn) < num_episodes:  # turns of a small data set are drawn repeatedly
@@ -172,7 +201,8 @@ class ManagerTask:
         facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may find none
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
-        return Episode(prompt, case, bank, turn, linked_questions(dialogue)[turn.id], dialogue.speakers, dropped)
+        questions = linked_questions(dialogue, self.args.window)[turn.id]
+        return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
         """Rewards (P, G), 0 for an invalid output; metrics of the step; readable samples."""
@@ -227,7 +257,7 @@ class ManagerTask:
         if not self.held_out:
             return []
         dialogues, is_synthetic = self.held_out, self.args.data == "synthetic"
-        agent = self.trained if when == "trained" else self.base
+        agent = self.trained if when == "trained" or self.args.init_adapter else self.base
         build = partial(manager.build_banks, agent, embedder=self.embedder, progress=f"held out: {when}")
         builds = {when: build(dialogues)}
         if when == "untrained":
@@ -281,10 +311,8 @@ class ManagerTask:
 
 def arguments(argv=None) -> argparse.Namespace:
     """The settings of a run, from the command line and the presets above."""
-    groups = {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": EpisodeFlags,
-                     **({"teacher": TeacherFlags} if algo == "sft" else {"reward": ManagerRewardFlags})}
-              for algo, algorithm in ALGORITHMS.items()}
-    presets = {"data": REAL_DATA, "model": REAL_MODEL}
+    groups = cli.flag_groups(ALGORITHMS, EpisodeFlags, ManagerRewardFlags)
+    presets = {"data": REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
@@ -299,9 +327,9 @@ def main(argv=None) -> None:
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
-        check_distill(args.answer_adapter, True)
+        check_distill(args.answer_adapter, args.distill)
         policy.load_adapter("answer", args.answer_adapter)
-    policy.add_adapter("manager", args.rank, args.alpha)
+    make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)
 
 

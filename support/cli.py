@@ -1,6 +1,7 @@
 """
 The command line of the scripts: flags, one-line errors, exit codes. A dataclass field made by `flag` is both a setting
-and a flag. Defaults that differ by algorithm, data or model are presets: dicts at the top of each training script.
+and a flag. Defaults that differ by algorithm, data or the model's size are presets: dicts at the top of each training
+script.
 
     steps: int = flag(90, "training steps", least=1)       # --steps N   training steps (90)
 """
@@ -11,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,13 +23,17 @@ import transformers
 
 import data
 from data import TINY, UsageError, is_tiny
+from support.endpoint import Endpoint
+from support.pretrained import num_parameters
 
+SMALL_MODEL = 10**9  # models with fewer parameters are small; the tiny model has presets of its own
+TEACHER_REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cache of a hosted teacher
 BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
 REAL_DATA = {  # defaults of flags for real data, where they differ from those of synthetic data
     "extract": True,  # a real turn holds several facts and small talk
     "top_k": 10,  # several facts have more related memories than one
     "memories": 60,  # as in the paper: 30 of each speaker
-    "loss_mean": "completion",  # as in the paper
+    "loss_mean": "completion",  # as published
     "eval": 1,  # one LoCoMo dialogue has more than 100 questions
 }
 
@@ -39,7 +45,7 @@ def flag(default, help: str, **options):
 
 @dataclass(frozen=True)
 class RunFlags:
-    algo: str = flag("grpo", "training algorithm; sft trains the Manager only", choices=("grpo", "ppo", "sft"))
+    algo: str = flag("grpo", "training algorithm; sft clones a teacher", choices=("grpo", "ppo", "sft"))
     model: str = flag(str(TINY), "causal language model: hub id, folder or .gguf file (data/tiny)")
     data: str = flag("synthetic", "synthetic, locomo, a file in LoCoMo's format, or a transcript with questions")
     out: str | None = flag(None, "folder of the run", metavar="DIR")
@@ -59,7 +65,16 @@ class RewardFlags:
 
 
 @dataclass(frozen=True)
+class TeacherFlags:
+    teacher: str = flag("known", "what to clone: what the data knows (reference operations, correct answers), or the "
+                        "outputs of a hosted model (endpoint: set MANAGER_URL, MANAGER_MODEL and MANAGER_API_KEY, or "
+                        "ANSWER_URL ...)", choices=("known", "endpoint"))
+
+
+@dataclass(frozen=True)
 class ModelFlags:
+    init_adapter: str | None = flag(None, "run or adapter to start from: it gives --rank and --alpha, and the KL "
+                                    "penalty pulls towards it (none: a new adapter)", metavar="DIR")
     rank: int = flag(16, "rank of LoRA", least=1)
     alpha: float = flag(32.0, "scale of LoRA: updates are multiplied by alpha / rank")
     gradient_checkpointing: bool = flag(False, "less memory, a third more time; turns itself on if a prompt with its "
@@ -127,27 +142,55 @@ def add_flags(parser: Parser, title: str, dataclass_type: type, presets: dict) -
         action.default, action.bounds = default, bounds
 
 
+def flag_groups(algorithms: dict, episode_flags: type, reward_flags: type = RewardFlags) -> dict[str, dict[str, type]]:
+    """{algo: {title: dataclass}}, for {algo: module}. SFT has a teacher in place of a reward."""
+    return {algo: {f"algorithm: {algo}": algorithm.Config, "episodes": episode_flags,
+                   **({"teacher": TeacherFlags} if algo == "sft" else {"reward": reward_flags})}
+            for algo, algorithm in algorithms.items()}
+
+
+def model_size(model: str) -> str:
+    """tiny, small or large. A model that cannot be read counts as large: the error comes when it is loaded."""
+    if is_tiny(model):
+        return "tiny"
+    with suppress(UsageError):
+        return "small" if num_parameters(model) < SMALL_MODEL else "large"
+    return "large"
+
+
 def parse_training_flags(agent: str, description: str, groups: dict, presets: dict, argv=None) -> argparse.Namespace:
     """
-    Parse RunFlags, ModelFlags and groups[algo] = {title: dataclass}. Defaults depend on --algo, --data and --model:
-    `presets` are {name: default or {algo: default}} for the "agent", real "data", and a "model" that is not tiny.
+    Parse RunFlags, ModelFlags and groups[algo] (see flag_groups). Defaults depend on --algo, --data and --model:
+    `presets` are {name: default or {algo: default}} for the "agent", real "data", and a "small" or "large" model.
+    `args.presets` holds those of the data and the model.
     """
     first = Parser(add_help=False)
     add_flags(first, "run", RunFlags, {})
     chosen, _ = first.parse_known_args(argv)
-    if chosen.algo not in groups:
-        raise UsageError(f"--algo {chosen.algo} clones a Manager: give it to train_manager.py")
-    defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}),
-                **(presets["data"] if chosen.data != "synthetic" else {}),
-                **(presets["model"] if not is_tiny(chosen.model) else {})}
-    defaults = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in defaults.items()}
+    own = {**(presets["data"] if chosen.data != "synthetic" else {}), **presets.get(model_size(chosen.model), {})}
+    own = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in own.items()}
+    defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}), **own}
     description += f" The flags of --algo {chosen.algo}; their defaults are those for the given --data and --model."
     parsers = {algo: Parser(description=description, usage="python %(prog)s [flags]") for algo in groups}
     for algo, parser in parsers.items():
         for title, dataclass_type in {"run": RunFlags, **groups[algo], "model and memory": ModelFlags}.items():
             add_flags(parser, title, dataclass_type, defaults)
     parsers[chosen.algo].by_algorithm = parsers
-    return parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
+    args = parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
+    args.presets = {name: value for name, value in own.items() if name in args}
+    return args
+
+
+def describe_presets(args: argparse.Namespace) -> str:
+    """The defaults that --data and --model have chosen, as flags: "--memories 12 --no-distill"."""
+    return " ".join(f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+                    f"{'' if isinstance(value, bool) else f' {value}'}"
+                    for name, value in args.presets.items() if getattr(args, name) == value)
+
+
+def make_teacher(args: argparse.Namespace) -> Endpoint | None:
+    """The hosted model of --teacher endpoint; None for --teacher known."""
+    return Endpoint.from_environment(args.agent.upper(), cache=TEACHER_REPLIES) if args.teacher == "endpoint" else None
 
 
 def from_args(dataclass_type: type, args: argparse.Namespace, **others):

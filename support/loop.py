@@ -7,6 +7,7 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 from data import UsageError
 from support import distributed
-from support.cli import describe_out_of_memory, from_args
+from support.cli import describe_out_of_memory, describe_presets, from_args
 from support.plots import plot_run
-from support.run import Run, disk_errors, folder_lock
+from support.run import Run, disk_errors, folder_lock, warn_once
 
+REFERENCE = "reference"  # name of the frozen copy of --init-adapter
 PATIENCE = 5  # a run ends after this many steps in a row with a refused update (a number was not finite)
 
 
@@ -58,10 +60,21 @@ def run_training(algorithm, policy, task: Task, args) -> None:
     with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
+        if chosen := describe_presets(args):
+            print(f"defaults for this model and data: {chosen}", flush=True)
         fit(algorithm.train, policy, task, run, args.agent, from_args(algorithm.Config, args))
         if distributed.is_rank0():
             plot_run(args.out)
     print(f"adapter, metrics and samples are in {run.folder}")
+
+
+def make_adapter(policy, args) -> None:
+    """Add the adapter to train: a new one, or --init-adapter with its rank and alpha, beside a frozen copy."""
+    if not args.init_adapter:
+        return policy.add_adapter(args.agent, args.rank, args.alpha)
+    for name in (args.agent, REFERENCE):
+        policy.load_adapter(name, args.init_adapter)
+    args.rank, args.alpha = (policy.adapters[args.agent][name] for name in ("r", "lora_alpha"))
 
 
 class Loop:
@@ -70,6 +83,11 @@ class Loop:
         self.optimizer, self.parameters = None, []
         self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
         self.refused = []  # names of the tensors for which the last steps, in a row, refused updates
+
+    @property
+    def reference(self) -> str | None:
+        """Where the KL penalty pulls the policy: to the adapter that it started from, or to the base model."""
+        return REFERENCE if REFERENCE in self.policy.adapters else None
 
     def steps(self, optimizer, first_results=()):
         """
@@ -103,6 +121,11 @@ class Loop:
         self.run.log(metrics)
         self.run.samples([{"step": step, **sample} for sample in samples])
         tqdm.write(self.run.line(step, metrics))
+        if step == 1 and "algo" in self.run.config:  # a toy has no flags to change
+            left = timedelta(seconds=round((self.config.steps - 1) * metrics["seconds"]))
+            tqdm.write(f"{self.config.steps - 1} more steps like this one take {left}")
+            for text in advice(metrics, self.config):
+                warn_once(f"step 1: {text}")
 
     def finish_step(self) -> None:
         """Write a checkpoint if one is due, and stop after Ctrl-C or too many refused updates."""
@@ -199,6 +222,21 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "entropy": -sum(sum(completion.logps) for completion in flat) / num_tokens,
             "completion_tokens": num_tokens / len(flat),
             "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat)}
+
+
+def advice(metrics: dict, config) -> list[str]:
+    """What will probably keep a run from learning, and what to try, by the metrics of its first step."""
+    found = []
+    if (rate := metrics.get("unfinished_rate", 0)) > 0.5:
+        found.append(f"{rate:.0%} of the completions were cut off at --max-new-tokens {config.max_new_tokens}: raise "
+                     "it, or choose an instruct model")
+    if (rate := metrics.get("invalid_rate", 0)) > 0.5:
+        found.append(f"{rate:.0%} of the outputs are invalid and score 0: see samples.jsonl, begin with --algo sft and "
+                     "go on with --init-adapter, or choose a larger model")
+    if metrics.get("zero_std_rate") == 1:
+        found.append(f"the rewards of every group are equal (mean {metrics['reward']:.2f}), so there is nothing to "
+                     "learn from: try --reward composite, a larger --group-size, or --algo sft and --init-adapter")
+    return found
 
 
 def lr_multiplier(step: int, config) -> float:

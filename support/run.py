@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import UsageError
 from support.distributed import is_rank0, world_size
 
-FIXED_SETTINGS = ("agent", "algo", "model", "rank", "alpha")  # a resumed run cannot change them
+FIXED_SETTINGS = ("agent", "algo", "model", "init_adapter", "rank", "alpha")  # a resumed run cannot change them
 COLUMNS = {  # parts of a line on the terminal
     "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
     "kl": "kl {:.3f}", "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",

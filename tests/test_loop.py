@@ -1,6 +1,8 @@
 """The parts of the training loop that the algorithms share: learning rates, batches, optimizer steps, checkpoints."""
 import math
 import random
+import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -8,22 +10,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_models import wake_adapter
+from toys import encode_texts, files_of, rows_of, run_letters, stop
 
+import grpo
+import ppo
 from data import UsageError
-from policy import Completion
+from policy import Completion, Policy
 from support.distributed import seed_step
 from support.loop import (
+    REFERENCE,
     Loop,
     Update,
+    advice,
     epoch_indices,
     lr_multiplier,
+    make_adapter,
     mean_per_token,
     optimizer_step,
     rollout_metrics,
     update_metrics,
 )
 from support.rollouts import minibatches, select_groups
-from support.run import Run
+from support.run import Run, warn_once
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -73,6 +82,35 @@ def test_update_metrics_leave_refused_updates_out_of_the_mean():
     assert update_metrics([]) == {"grad_norm": 0, "skipped": 0}
     assert update_metrics([Update(1.0), Update(0.0, "a"), Update(2.0), Update(0.0, "b")]) == {
         "grad_norm": 1.5, "skipped": 2, "not_finite_in": "a"}
+
+
+FINE = {"unfinished_rate": 0.5, "invalid_rate": 0.5, "zero_std_rate": 0.99, "reward": 0.1}
+
+
+@pytest.mark.parametrize("metrics, words", [
+    ({}, []), (FINE, []), ({"loss": 2.0, "entropy": 1.0}, []),
+    (FINE | {"unfinished_rate": 0.51}, [r"51% .* cut off at --max-new-tokens 7: raise it"]),
+    (FINE | {"invalid_rate": 1.0}, [r"100% .* invalid .* --algo sft .* --init-adapter"]),
+    (FINE | {"zero_std_rate": 1.0}, [r"every group are equal \(mean 0.10\).* --reward composite.* --group-size"]),
+    ({"unfinished_rate": 0.9, "invalid_rate": 0.8, "zero_std_rate": 1, "reward": 1.0}, ["90%", "80%", "mean 1.00"])])
+def test_advice_after_the_first_step(metrics, words):
+    found = advice(metrics, SimpleNamespace(max_new_tokens=7))
+    assert len(found) == len(words) and all(map(re.search, words, found)) and not any("\n" in text for text in found)
+
+
+@pytest.mark.parametrize("settings, noted", [({"algo": "grpo"}, True), ({}, False)])
+def test_a_script_says_after_step_1_how_long_the_run_takes_and_what_looks_wrong(tmp_path, capsys, settings, noted):
+    """Once, and not for a toy, which has no flags."""
+    warn_once.cache_clear()
+    loop = Loop(None, None, Run(tmp_path, settings), "agent", SimpleNamespace(steps=31, max_new_tokens=9))
+    loop.optimizer = two_groups()[2]
+    for step in (1, 2):
+        loop.start = time.time() - 90.2
+        loop.log(step, {"unfinished_rate": 0.75}, [])
+    out, err = capsys.readouterr()
+    assert (out.count("30 more steps like this one take 0:45:"), out.count("like this one")) == (noted, noted)
+    assert err.count("note: step 1: 75% of the completions were cut off at --max-new-tokens 9") == noted
+    assert err.count("note") == noted
 
 
 # --- optimizer steps ---
@@ -184,3 +222,73 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):
         loop_of(tmp_path, optimizer, resume=True).restore()
     assert model.weight.equal(before) and not optimizer.state
     assert loop_of(tmp_path / "new", optimizer).restore() is None
+
+
+# --- training that starts from an adapter ---
+
+RANDOM = {("rewards", step): torch.rand_like for step in range(1, 5)}  # groups with equal rewards would have no KL
+
+@pytest.fixture
+def started(tiny_folder, tmp_path):
+    """started() is a policy whose "agent" starts from a hand-made adapter of rank 3, `made`, with its flags."""
+    torch.set_num_threads(1)
+    made = Policy.load(tiny_folder, device="cpu")
+    torch.manual_seed(4)
+    made.add_adapter("made", rank=3, alpha=9)
+    wake_adapter(made, "made", 0.3)
+    made.save_adapter("made", tmp_path / "made/adapter")
+
+    def start():
+        policy = Policy.load(tiny_folder, device="cpu")
+        args = SimpleNamespace(agent="agent", init_adapter=tmp_path / "made", rank=16, alpha=32.0)
+        make_adapter(policy, args)
+        assert (args.rank, args.alpha) == (3, 9) and set(policy.adapters) == {"agent", REFERENCE}
+        return policy
+    start.made = made
+    return start
+
+
+def test_the_agent_starts_as_the_adapter_and_its_kl_has_no_value_and_no_gradient(started):
+    policy, made = started(), started.made
+    prompts = encode_texts(policy, ["Hi", "What is it?", "Spell a word"])
+    with policy.using("agent"), made.using("made"):
+        assert policy.sample(prompts, 1, 12, 0) == made.sample(prompts, 1, 12, 0) != policy.sample(prompts, 1, 12, 1.0)
+        groups = policy.sample(prompts, 4, 8)
+    config = grpo.Config(group_size=4, temperature=1.0)
+    rollouts = grpo.make_rollouts(policy, prompts, groups, torch.rand(3, 4), config, REFERENCE)
+    with policy.using("agent"):
+        logp, _, mask = policy.score(rollouts.prompts, rollouts.completions)
+    losses, kl, _ = grpo.grpo_loss(logp, rollouts.logp_old, rollouts.logp_ref, torch.zeros(12), mask, 0.2, 1.0)
+    losses.sum().backward()
+    assert not kl.any() and not any(x.grad.any() for x in policy.parameters("agent"))
+    base = grpo.make_rollouts(policy, prompts, groups, torch.rand(3, 4), config)
+    assert grpo.kl_k3(logp, base.logp_ref)[mask].mean() > 0.1, "the base model would be another reference"
+
+
+@pytest.mark.parametrize("algorithm", [grpo, ppo])
+def test_the_reference_stays_and_the_policy_moves_away_from_it(started, tmp_path, algorithm):
+    policy = started()
+    run_letters(policy, tmp_path / "run", algorithm, RANDOM, steps=4, lr=0.05, warmup=0, minibatch=0)
+    kl = [row["kl"] for row in rows_of(tmp_path / "run") if "kl" in row]
+    assert abs(kl[0]) < 1e-6 and kl[-1] > 0.02
+    pairs = zip(policy.parameters(REFERENCE), policy.parameters("agent"), started.made.parameters("made"), strict=True)
+    assert all(torch.equal(reference, start) and not torch.equal(agent, start) for reference, agent, start in pairs)
+
+
+@pytest.mark.parametrize("algorithm", [grpo, ppo])
+def test_with_a_learning_rate_of_0_nothing_changes(started, tmp_path, algorithm):
+    policy = started()
+    run_letters(policy, tmp_path / "run", algorithm, RANDOM, steps=2, lr=0.0)
+    assert all(abs(row["kl"]) < 1e-6 for row in rows_of(tmp_path / "run") if "kl" in row)
+    assert all(map(torch.equal, policy.parameters("agent"), started.made.parameters("made")))
+    assert policy.load_adapter("saved", tmp_path / "run") is None
+    assert all(map(torch.equal, policy.parameters("saved"), started.made.parameters("made")))
+
+
+@pytest.mark.parametrize("algorithm", [grpo, ppo])
+def test_a_run_that_started_from_an_adapter_resumes(started, tmp_path, algorithm):
+    run_letters(started(), tmp_path / "whole", algorithm, RANDOM, steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        run_letters(started(), tmp_path / "stopped", algorithm, RANDOM | {("rewards", 3): stop}, steps=4)
+    run_letters(started(), tmp_path / "stopped", algorithm, RANDOM, resume=True, steps=4)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")

@@ -14,6 +14,7 @@ import train_answer
 from data import Question
 from memory import MemoryBank, make_embedder
 from policy import Completion, Policy
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 TRAINING_KEYS = {"step", "reward", "reward_std", "zero_std_rate", "kl", "clip_rate", "entropy", "grad_norm", "lr",
@@ -153,21 +154,40 @@ def test_held_out_questions_are_answered_by_the_untrained_and_the_trained_agent(
 
 TINY = {"out": "runs/answer-grpo", "steps": 40, "batch_size": 16, "group_size": 8, "minibatch": 4, "lr": 1e-3,
         "loss_mean": "token", "max_new_tokens": 200, "max_operation_tokens": 80, "max_prompt_tokens": 1024, "top_k": 4,
-        "memories": 20, "named_only": False, "extract": False, "distill": True, "eval": 8}
+        "memories": 20, "named_only": False, "extract": False, "distill": True, "eval": 8, "bank": "manager",
+        "reward": "em", "warmup": 5, "beta": 0.01}
 REAL_DATA = {"top_k": 10, "memories": 60, "extract": True, "eval": 1, "loss_mean": "completion"}
-REAL_MODEL = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5}
+LARGE = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5}
+SMALL = {"bank": "turns", "memories": 12, "distill": False, "reward": "composite", "max_prompt_tokens": 2048,
+         "max_new_tokens": 40, "max_operation_tokens": 256, "batch_size": 8, "minibatch": 4, "steps": 30, "lr": 1e-4,
+         "warmup": 3, "beta": 0.005, "loss_mean": "token"}
 
 
 @pytest.mark.parametrize("argv, wanted", [
-    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", REAL_MODEL),
-    ("--data locomo --model Qwen/X --no-distill --steps 7", REAL_DATA | REAL_MODEL | {"distill": False, "steps": 7}),
+    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", LARGE), ("--model Qwen/S", SMALL),
+    ("--data locomo --model Qwen/X --no-distill --steps 7", REAL_DATA | LARGE | {"distill": False, "steps": 7}),
+    ("--data locomo --model Qwen/S --memories 5", REAL_DATA | SMALL | {"memories": 5}),
+    ("--data locomo --model Qwen/S --manager-adapter DIR", REAL_DATA | SMALL | {"bank": "manager"}),
+    ("--algo ppo --model Qwen/S", SMALL | {"out": "runs/answer-ppo"}),
     ("--algo ppo", {"out": "runs/answer-ppo", "group_size": 4})])
-def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
+def test_defaults_depend_on_algorithm_data_and_model(argv, wanted, monkeypatch):
+    monkeypatch.setattr(cli, "num_parameters", {"Qwen/X": 3e9, "Qwen/S": 5e8}.get)
     settings = vars(train_answer.arguments(argv.split()))
     assert {name: settings[name] for name in TINY} == TINY | wanted
 
 
 # ------------------------------------------------------------------------------------------------ from the shell
+
+def test_sft_clones_correct_answers_and_an_agent_of_the_other_prompt_is_refused_as_a_start(tmp_path):
+    done = run_script("--algo", "sft", "--steps", "2", "--eval", "1", "--batch-size", "4", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "note:" not in done.stderr, done.stderr
+    teacher, untrained, first, second, trained = rows(tmp_path / "run/metrics.jsonl")
+    assert (teacher["eval"], teacher["n"]) == ("teacher", round(8 * (1 - teacher["invalid_rate"])))
+    assert EVAL_KEYS <= set(untrained) & set(trained) and first["loss"] > 0 and second["step"] == 2
+    assert "\nanswer: " in rows(tmp_path / "run/samples.jsonl")[0]["completion"]
+    other = run_script(*QUICK, "--no-distill", "--init-adapter", tmp_path / "run", "--out", tmp_path / "next")
+    assert other.returncode == 2 and "was trained with distillation" in other.stderr
+
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo"])
 def test_a_run_writes_its_files_and_trains_no_adapter_but_its_own(tmp_path, algo):

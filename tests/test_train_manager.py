@@ -4,17 +4,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_longmemeval import ENTRY as LONGMEMEVAL
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import data.locomo
 import manager
 import train_manager
-from data import Dialogue, Question, Turn
+from data import Dialogue, Question, Turn, UsageError, longmemeval
 from policy import Completion, Policy
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 LOCOMO = next((path for path in (ROOT.parent / "shared/data/locomo10.json",
@@ -53,16 +57,52 @@ def made():
 
 # ------------------------------------------------------------------------------------------------ the task
 
-def test_linked_questions_by_time_or_by_evidence():
-    turns = tuple(Turn(f"D1:{i}", 1, "Ann", "text", "1 May 2023") for i in range(3))
-    by_evidence = Dialogue("d", ("Ann", "Bob"), turns, (Question("a", "?", "x", 4, ("D1:0", "D1:2")),
-                                                        Question("b", "?", "x", 4, ("D1:2",)),
-                                                        Question("c", "?", "x", 4)))
-    linked = train_manager.linked_questions(by_evidence)
-    assert {turn: [q.id for q in qs] for turn, qs in linked.items()} == {"D1:0": ["a"], "D1:2": ["a", "b"]}
-    timed = Dialogue("d", ("Ann", "Bob"), turns, (Question("a", "?", "x", 4, ("D1:0",), "D1:1"),
-                                                  Question("b", "?", "x", 4, ("D1:0",))))
-    assert {t: [q.id for q in qs] for t, qs in train_manager.linked_questions(timed).items()} == {"D1:1": ["a"]}
+def evidence_dialogue(**evidence):
+    """Six turns, "t0" to "t5", and a question of each name with this evidence: a="52" names t5 and t2."""
+    turns = tuple(Turn(f"t{i}", 1, "Ann", f"text {i}", "1 May 2023") for i in range(6))
+    return Dialogue("d", ("Ann", "Bob"), turns, tuple(
+        Question(name, "?", "x", 4, tuple(f"t{i}" for i in numbers)) for name, numbers in evidence.items()))
+
+
+@pytest.mark.parametrize("window, wanted", [
+    (0, {"t3": "b", "t0": "d"}), (2, {"t3": "be", "t0": "d"}), (3, {"t5": "a", "t3": "be", "t0": "d"}),
+    (4, {"t5": "a", "t3": "be", "t0": "d"}), (5, {"t5": "ac", "t3": "be", "t0": "d"})])
+def test_a_question_judges_the_turn_of_its_last_evidence_if_the_window_holds_the_rest(window, wanted):
+    """The order of the evidence in the file does not matter. A question without evidence judges no turn."""
+    linked = train_manager.linked_questions(evidence_dialogue(a="52", b="3", c="50", d="0", e="213", f=""), window)
+    assert {turn: "".join(question.id for question in questions) for turn, questions in linked.items()} == wanted
+
+
+def test_synthetic_questions_judge_the_turn_after_which_they_are_asked():
+    timed = evidence_dialogue(a="0", b="05")
+    timed = replace(timed, questions=(replace(timed.questions[0], asked_after="t1"), timed.questions[1]))
+    linked = train_manager.linked_questions(timed, 0)
+    assert {turn: [question.id for question in questions] for turn, questions in linked.items()} == {"t1": ["a"]}
+
+
+def test_longmemeval_has_the_same_rule():
+    """Its turns are sorted by date: the evidence is in the first and in the last of six."""
+    dialogue = longmemeval.make_dialogue(LONGMEMEVAL, "x")
+    found = [list(train_manager.linked_questions(dialogue, window)) for window in (4, 5)]
+    assert found == [[], ["D5:1"]]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_the_bank_of_the_window_holds_the_oldest_evidence_that_is_allowed(window, tmp_path, monkeypatch):
+    made = task(data=small_file(tmp_path), bank="base", window=window)
+    monkeypatch.setattr(manager, "build_banks", lambda agent, *rest: manager.turn_banks(*rest))
+    memories, = made.banks_before([(evidence_dialogue(), 4)])
+    assert [text for text, *_ in memories] == [f"Ann: text {i}" for i in range(4 - window, 4)]
+
+
+def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
+    args = SimpleNamespace(data="mine", window=3)
+    dialogues = [evidence_dialogue(a="52", b="50", c=""), evidence_dialogue(d="5", e="1", f="50")]
+    assert train_manager.describe_links(dialogues, args) == (
+        "--data mine: 3 of 6 questions judge 3 turns; left out: 1 without evidence, 2 whose evidence is more than "
+        "--window 3 turns apart")
+    with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be judged"):
+        train_manager.describe_links([evidence_dialogue(a="50", b="")], args)
 
 
 def test_every_episode_is_a_turn_with_its_bank_and_questions(made):
@@ -144,18 +184,36 @@ def test_same_seed_same_episodes_whatever_came_before():
 
 TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size": 8, "minibatch": 0, "lr": 3e-3,
         "loss_mean": "token", "max_new_tokens": 80, "max_answer_tokens": 48, "max_prompt_tokens": 1024, "top_k": 4,
-        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32}
+        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32,
+        "window": 50, "distill": True, "reward": "em"}
 REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "linked": "mean",
              "eval": 1, "loss_mean": "completion"}
-REAL_MODEL = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+SMALL = {"window": 10, "memories": 12, "distill": False, "reward": "composite", "max_prompt_tokens": 2048,
+         "max_new_tokens": 256, "max_answer_tokens": 40, "group_size": 8, "batch_size": 8, "minibatch": 4, "steps": 30,
+         "lr": 1e-4, "loss_mean": "token"}
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch):
+    """Of the models that are not there, S is below 1e9 parameters, X is not, and NONE cannot be read."""
+    known = {"Qwen/S": 999_999_999, "Qwen/X": 1_000_000_000}
+
+    def num_parameters(name):
+        if name not in known:
+            raise UsageError("not there")
+        return known[name]
+    monkeypatch.setattr(cli, "num_parameters", num_parameters)
 
 
 @pytest.mark.parametrize("argv, wanted", [
-    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", REAL_MODEL),
-    ("--data x.json --model Qwen/X", REAL_DATA | REAL_MODEL),
+    ("", {}), ("--data locomo", REAL_DATA), ("--model Qwen/X", LARGE), ("--model Qwen/NONE", LARGE),
+    ("--model Qwen/S", SMALL), ("--data locomo --model Qwen/S", REAL_DATA | SMALL),
+    ("--algo ppo --model Qwen/S", SMALL | {"out": "runs/manager-ppo"}),
+    ("--data x.json --model Qwen/X", REAL_DATA | LARGE),
     ("--algo ppo", {"out": "runs/manager-ppo", "group_size": 4, "minibatch": 6, "lr": 1e-3}),
     ("--data locomo --memories 7 --no-extract --lr 0.5 --model Qwen/X",
-     REAL_DATA | REAL_MODEL | {"memories": 7, "extract": False, "lr": 0.5})])
+     REAL_DATA | LARGE | {"memories": 7, "extract": False, "lr": 0.5})])
 def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
     settings = vars(train_manager.arguments(argv.split()))
     assert {name: settings[name] for name in TINY} == TINY | wanted
@@ -163,11 +221,22 @@ def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
 
 def test_every_preset_belongs_to_a_flag_and_gives_its_default():
     for algo in train_manager.ALGORITHMS:
-        argv = ["--algo", algo, "--data", "locomo", "--model", "Qwen/X", *(["--teacher", "endpoint"] * (algo == "sft"))]
-        settings = vars(train_manager.arguments(argv))
-        for name, value in (train_manager.REAL_DATA | train_manager.REAL_MODEL).items():
-            wanted = value[algo] if isinstance(value, dict) else value
-            assert settings.get(name, wanted) == wanted and (name in settings or algo == "sft")
+        for model, own in (("Qwen/X", train_manager.LARGE_MODEL), ("Qwen/S", train_manager.SMALL_MODEL)):
+            argv = f"--algo {algo} --data locomo --model {model}{' --teacher endpoint' * (algo == 'sft')}"
+            settings = vars(train_manager.arguments(argv.split()))
+            for name, value in (train_manager.REAL_DATA | own).items():
+                wanted = value[algo] if isinstance(value, dict) else value
+                assert settings.get(name, wanted) == wanted and (name in settings or algo == "sft")
+
+
+def test_the_defaults_that_were_chosen_are_told_as_flags():
+    assert cli.describe_presets(train_manager.arguments([])) == ""
+    begin = ["--data", "locomo", "--model", "Qwen/X"]
+    told = cli.describe_presets(train_manager.arguments([*begin, "--lr", "0.5", "--no-extract"]))
+    assert told == ("--top-k 10 --memories 60 --loss-mean completion --eval 1 --bank base --linked mean --no-named-only "
+                    "--max-prompt-tokens 4096 --max-new-tokens 512 --max-answer-tokens 256")
+    again = train_manager.arguments([*begin, *told.split()])
+    assert again == train_manager.arguments(begin), "they can be copied"
 
 
 def test_the_help_shows_the_flags_and_defaults_of_one_algorithm(capsys, monkeypatch):
@@ -210,6 +279,15 @@ def test_a_run_writes_its_files_and_resumes(tmp_path):
     assert more.returncode == 0, more.stderr
     assert [line["step"] for line in rows(out / "metrics.jsonl") if "eval" not in line] == [1, 2, 3]
 
+    # Another run starts where this one ended; it takes the rank from it.
+    run = run_script("--algo", "sft", *QUICK[:6], "--out", tmp_path / "next", "--init-adapter", out, "--rank", "3")
+    assert run.returncode == 0, run.stderr
+    ended = next(line for line in rows(out / "metrics.jsonl") if line.get("eval") == "trained")
+    begun = next(line for line in rows(tmp_path / "next/metrics.jsonl") if line.get("eval") == "untrained")
+    assert {**begun, "step": 3, "eval": "trained"} == {**ended, "step": 3}
+    settings = json.loads((tmp_path / "next/config.json").read_text())
+    assert (settings["rank"], settings["alpha"], settings["init_adapter"]) == (16, 32, str(out))
+
 
 def local_model(folder, config, kind):
     """A random model of a real family, whose chat template has system messages."""
@@ -242,13 +320,20 @@ def test_locomo_runs_with_any_model(tmp_path, family):
     assert "new facts from" in rows(tmp_path / "run/samples.jsonl")[0]["prompt"]
 
 
-def test_locomo_training_split_links_its_evidence_turns():
+def test_links_of_locomos_training_conversation_equal_an_independent_count():
+    """203 pairs of question and evidence; 53 have later evidence, 23 more have some over 50 turns back."""
     if LOCOMO is None:
         pytest.skip("locomo10.json is not there")
     dialogue, = data.locomo.load("train", path=LOCOMO)
-    assert len(dialogue.questions) == 152
-    linked = train_manager.linked_questions(dialogue)
-    assert (len(linked), sum(map(len, linked.values()))) == (133, 203)  # 202 strings, one naming two turns
+    order = [turn.id for turn in dialogue.turns]
+    pairs = [(question, order.index(turn)) for question in dialogue.questions for turn in question.evidence]
+    seen = [[i - order.index(turn) for turn in question.evidence] for question, i in pairs]
+    later, far = [min(gaps) < 0 for gaps in seen], [max(gaps) > 50 for gaps in seen]
+    assert (len(pairs), sum(later), sum(map(any, zip(later, far, strict=True)))) == (203, 53, 53 + 23)
+    kept = {(question.id, order[i]) for (question, i), *bad in zip(pairs, later, far, strict=True) if not any(bad)}
+    linked = train_manager.linked_questions(dialogue, 50)
+    assert kept == {(question.id, turn) for turn, questions in linked.items() for question in questions}
+    assert len(kept) == sum(map(len, linked.values())) == 127 and len(linked) == 100
 
 
 def small_file(tmp_path):
