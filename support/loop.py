@@ -18,6 +18,7 @@ from support import distributed
 from support.cli import from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock
+from support.text import reasons_on
 
 PATIENCE = 5  # a run ends after this many steps in a row with a refused update (a number was not finite)
 
@@ -197,7 +198,7 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "zero_std_rate": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
             "entropy": -sum(sum(completion.logps) for completion in flat) / num_tokens,
             "completion_tokens": num_tokens / len(flat),
-            "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat)}
+            "unfinished_rate": sum(not one.finished or reasons_on(one.text) for one in flat) / len(flat)}
 
 
 def lr_multiplier(step: int, config) -> float:
