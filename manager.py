@@ -11,7 +11,7 @@ of the speaker, and edits the memory bank with ADD, UPDATE, DELETE or NOOP. A pr
 Differences from the paper:
 1. A completion contains operations for the new facts only. The paper's prompt asks for a list of all memories again.
 2. UPDATE and DELETE change one entry, as in the paper's prompt. Its pseudo-code removes all retrieved memories.
-3. A completion that cannot be applied completely is counted as invalid and changes nothing, like NOOP.
+As in the authors' code, an operation that cannot be applied is skipped and counted; the others are applied.
 """
 import json
 from collections import Counter
@@ -27,12 +27,21 @@ from data import TINY, Dialogue, Operation, Turn, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support.cli import Parser, exit_cleanly
-from support.prompts import date_suffix, fit_prompt, generate, memory_lines
-from support.text import chat_messages, json_values, normalize_whitespace, sanitize_for_prompt, trigram_similarity
+from support.prompts import FACTS_SHOWN, OPERATIONS_SHOWN, date_suffix, fit_prompt, generate, memory_lines
+from support.text import (
+    MAX_OPERATIONS,
+    MAX_TEXT_CHARS,
+    Parsed,
+    chat_messages,
+    count_long,
+    normalize_whitespace,
+    parse_facts,
+    read_operations,
+    sanitize_for_prompt,
+    trigram_similarity,
+)
 
 EVENTS = {"ADD": "+", "UPDATE": "~", "DELETE": "-", "NOOP": "."}  # with the sign that a demo prints
-MAX_TEXT_CHARS = 500  # longer memories and facts are cut
-MAX_OPERATIONS = 32  # per completion; also the most facts of one turn
 MIN_QUOTE_SIMILARITY = 0.6  # lowest similarity between an "old_memory" and the memory that it names
 
 
@@ -65,36 +74,13 @@ class Settings:
     max_new_tokens: int = 80  # length limit of a list of operations and of a list of facts
 
 
-SYSTEM = """You are the memory manager of an assistant. You keep a small, correct memory bank about a person. \
-You are given memories that are already stored, each with its number and date, and new facts that the person has just \
-told. Decide how the bank has to change so that later questions about the person can be answered from it.
-
-There are four operations.
-ADD: the fact is new, and no stored memory is about the same topic. Write it as one self-contained sentence with the \
-person's name.
-  stored: 1 Nina works as a nurse.   fact: Nina has a cat named Tom.
-  [{"event": "ADD", "text": "Nina has a cat named Tom."}]
-UPDATE: a stored memory is about the same topic, and the fact adds to it, makes it more precise or replaces it. \
-Rewrite the whole memory, keeping everything that is still true. Things that exist side by side belong in one memory. \
-Do not update when the fact merely says the same in other words.
-  stored: 1 Nina has a cat named Tom.   fact: Nina got another cat, Kit.
-  [{"event": "UPDATE", "id": 1, "text": "Nina has two cats, Tom and Kit."}]
-DELETE: the fact says that a stored memory is no longer true, and nothing takes its place.
-  stored: 1 Nina has a gym membership.   fact: Nina cancelled the gym.
-  [{"event": "DELETE", "id": 1}]
-NOOP: nothing to keep. The fact is already stored, or is small talk, or is about somebody else or only imagined.
-  stored: 1 Nina has a cat named Tom.   fact: Nina still has the cat Tom.
-  [{"event": "NOOP"}]
-
-Name a stored memory by its number as "id", or by its exact text as "old_memory". Turn relative dates ("yesterday") \
-into calendar dates, using the date of the new facts. Answer with the JSON list of operations and nothing else."""
-
-EXTRACTOR = """You turn what a person says into memories. Read the turn and list every fact in it that is worth \
-remembering about the person who speaks: what happened, plans, preferences, relations, possessions, feelings that \
-matter, shared photos. Each fact is one short self-contained sentence with the person's name, never a pronoun, and \
-with the calendar date where time matters (turn "yesterday" into a date, using the date of the turn). Use only what \
-this person says. Small talk gives no fact.
-Answer with a JSON list of strings, [] if there is nothing, and nothing else."""
+# Prompts of real models, chosen on LoCoMo's train and val conversations (docs/results.md): small models copy an example
+# inside an instruction, but follow one that is a turn of the chat. The tiny model's template drops system messages.
+SYSTEM = """You keep the memories of a person. You get the stored memories and new facts, and reply with a JSON list \
+with one operation for each new fact: ADD a fact that is new; UPDATE the stored memory of that number, if the fact \
+belongs to it; DELETE it, if the fact ends it; NOOP if the fact is already stored or is small talk."""
+EXTRACTOR = """You turn what a person says into short facts about that person, in the third person. Keep names, \
+places, things and times. Reply with a JSON list."""
 
 
 def case_text(speaker: str, time: str, memories: Sequence[Memory], facts: Sequence[str]) -> str:
@@ -109,20 +95,22 @@ def turn_text(speaker: str, time: str, text: str) -> str:
     return f"{sanitize_for_prompt(f'turn of {speaker}{date_suffix(time)}:')}\n{sanitize_for_prompt(text)}\nfacts:"
 
 
-def messages(case: Case) -> list[dict]:
-    return chat_messages(SYSTEM, case_text(case.speaker, case.time, case.shown(), case.facts))
+def messages(case: Case, tiny: bool = False) -> list[dict]:
+    text = case_text(case.speaker, case.time, case.shown(), case.facts)
+    return chat_messages(SYSTEM, text, () if tiny else OPERATIONS_SHOWN)
 
 
 def fit_case(policy, case: Case, max_tokens: int | None) -> tuple[list[int], Case, int]:
     """A case as a prompt: (token ids, the case with the memories that the prompt shows, number of memories dropped)."""
-    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=memories)),
+    tiny = is_tiny(policy.name)
+    ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=memories), tiny),
                                     case.memories, max_tokens)
     return ids, replace(case, memories=kept), dropped
 
 
 def find_memory(operation: dict, shown: list[Memory]) -> Memory | None:
     """The memory that an operation names: by its number in the prompt, else the one most similar to "old_memory"."""
-    number, quote = str(operation.get("id")), operation.get("old_memory")
+    number, quote = str(operation["id"]), operation["old_memory"]
     if len(number) < 6 and number.strip().isdecimal() and 1 <= int(number) <= len(shown):
         return shown[int(number) - 1]
     if not isinstance(quote, str) or not quote.strip() or not shown:
@@ -132,39 +120,29 @@ def find_memory(operation: dict, shown: list[Memory]) -> Memory | None:
     return shown[scores.index(max(scores))] if max(scores) >= MIN_QUOTE_SIMILARITY else None
 
 
-def parse_edit(operation, shown: list[Memory]) -> Edit | None:
-    """One element of a list of operations, or None if it cannot be applied."""
-    if not isinstance(operation, dict) or not isinstance(operation.get("event"), str):
-        return None
-    event, text = operation["event"].strip().upper(), operation.get("text")
-    text = normalize_whitespace(text)[:MAX_TEXT_CHARS].strip() if isinstance(text, str) else ""
-    if event in ("NOOP", "NONE"):  # NONE: the paper's prompt
-        return Edit("NOOP")
-    if event == "ADD" and text:
-        return Edit("ADD", None, text)
-    memory = find_memory(operation, shown)
-    if event == "UPDATE" and memory and text:
-        return Edit("UPDATE", memory.id, text)
-    return Edit(event, memory.id) if event == "DELETE" and memory else None
+def parse_edit(operation: dict, shown: list[Memory]) -> Edit | None:
+    """The edit that an operation of `read_operations` describes, its text not yet cut; None if it cannot be applied."""
+    event, text = operation["event"], operation["text"]
+    text = normalize_whitespace(text) if isinstance(text, str) else ""
+    memory = find_memory(operation, shown) if event in ("UPDATE", "DELETE") else None
+    if event == "NOOP" or event == "DELETE" and memory:
+        return Edit(event, memory and memory.id)
+    return Edit(event, memory and memory.id, text) if text and (event == "ADD" or memory) else None
 
 
-def parse(completion: str, case: Case) -> list[Edit] | None:
-    """The edits of a completion, or None if any cannot be applied. '[{"event": "NOOP"}]' -> [Edit("NOOP")]"""
-    operations = None  # None until a list of operations is found
-    for value in json_values(completion):
-        if value is None:
-            return None
-        if isinstance(value, dict):  # the paper's {"memory": [...]}, or a single operation
-            value = value["memory"] if isinstance(value.get("memory"), list) else [value]
-        if not value or any(isinstance(item, dict) and "event" in item for item in value):  # "[1]" is a reference
-            operations = (operations or []) + value
-    if operations is None or len(operations) > MAX_OPERATIONS:
-        return None
-    edits = [parse_edit(operation, case.shown()) for operation in operations]
-    changed = [edit.id for edit in edits if edit and edit.id is not None]
-    if None in edits or len(changed) > len(set(changed)):  # two edits of one entry contradict each other
-        return None
-    return edits or [Edit("NOOP")]
+def parse(completion: str, case: Case) -> Parsed | None:
+    """
+    The edits of a completion, or None if none can be applied. '[{"event": "NOOP"}]' or '[]' -> [Edit("NOOP")]
+    Skipped: operations that cannot be applied, a second edit of a memory, and all after the first MAX_OPERATIONS.
+    """
+    operations = read_operations(completion)
+    edits = {}  # by the memory's id, or for ADD and NOOP by their place
+    for i, operation in enumerate(operations[:MAX_OPERATIONS]):
+        if edit := parse_edit(operation, case.shown()):
+            edits.setdefault(("new", i) if edit.id is None else edit.id, edit)
+    texts = [edit.text for edit in edits.values()]
+    edits = [replace(edit, text=edit.text[:MAX_TEXT_CHARS].strip()) for edit in edits.values()]
+    return Parsed(edits, len(operations) - len(edits), count_long(texts)) if edits else None
 
 
 def format_edits(edits: Sequence[Edit], case: Case, by_text: bool = False) -> str:
@@ -195,16 +173,6 @@ def apply_edits(bank: MemoryBank, edits: Sequence[Edit], speaker: str, time: str
     return written
 
 
-def parse_facts(completion: str) -> list[str]:
-    """The first JSON list of strings, bare or under "facts"; [] if there is none. 'So: ["Jon ran."]' -> ["Jon ran."]"""
-    for found in json_values(completion):
-        found = found.get("facts") if isinstance(found, dict) else found
-        if isinstance(found, list) and (not found or any(isinstance(text, str) for text in found)):
-            texts = [normalize_whitespace(text)[:MAX_TEXT_CHARS] for text in found if isinstance(text, str)]
-            return [text for text in texts if text][:MAX_OPERATIONS]
-    return []
-
-
 def make_case(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) -> Case:
     """The facts of a turn with the `top_k` memories of its speaker that are most related to any of them."""
     scores: dict[Memory, float] = {}
@@ -221,15 +189,17 @@ class Manager:
     policy: Policy  # or a hosted model with the same methods: support.endpoint.Endpoint
     adapter: str | None = None  # None: the base model, LoRA off
     settings: Settings = Settings()
-    facts: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # {(dialogue id, turn id): facts}
+    facts: dict[tuple[str, str], Parsed] = field(default_factory=dict)  # {(dialogue id, turn id): facts}
 
-    def extract(self, turns: Sequence[Turn]) -> list[tuple[str, ...]]:
+    def extract(self, turns: Sequence[Turn]) -> list[Parsed]:
         """The facts of each turn (LLMExtract in Alg. 3), in one batch of the base model; see Settings.extract."""
         if not self.settings.extract:
-            return [(turn.text,) for turn in turns]
-        prompts = [self.policy.encode(chat_messages(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text)))
+            return [Parsed([turn.text]) for turn in turns]
+        shown = () if is_tiny(self.policy.name) else FACTS_SHOWN
+        prompts = [self.policy.encode(chat_messages(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text), shown))
                    for turn in turns]
-        return [tuple(parse_facts(text)) for text in generate(self.policy, None, prompts, self.settings.max_new_tokens)]
+        found = map(parse_facts, generate(self.policy, None, prompts, self.settings.max_new_tokens))
+        return [Parsed(dict.fromkeys(facts), facts.skipped, facts.cut) for facts in found]  # each fact once
 
     def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
         """Extract the facts that are not in the cache. They do not depend on a bank, so all turns form one batch."""
@@ -237,12 +207,12 @@ class Manager:
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
-    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
+    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[Parsed | None, int]]:
         """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
         edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
-        return [next(edits) if case.facts else ([Edit("NOOP")], 0) for case in cases]
+        return [next(edits) if case.facts else (Parsed([Edit("NOOP")]), 0) for case in cases]
 
 
 @dataclass
@@ -250,7 +220,7 @@ class BankBuild:
     """A bank and the record of how it was built."""
     bank: MemoryBank
     decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # one per completion
-    ops: Counter = field(default_factory=Counter)  # edits by event; "invalid" counts completions
+    ops: Counter = field(default_factory=Counter)  # edits by event, and what was lost: see `bank_report`
     num_matching: int = 0  # turns whose edit equals the reference operation
     num_labeled: int = 0  # turns that have a reference operation
     dropped: int = 0  # memories that prompts dropped because of their length
@@ -258,10 +228,14 @@ class BankBuild:
 
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
-    """Mean bank size, operations, fraction of invalid completions, agreement with the reference (None without one)."""
+    """
+    Mean bank size; edits by event; fraction of invalid completions; agreement with the reference (None without one).
+    Lost: "invalid" completions, "skipped" operations, "unread_facts", and "cut_texts", longer than MAX_TEXT_CHARS.
+    """
     ops, num_labeled = sum((build.ops for build in builds), Counter()), sum(build.num_labeled for build in builds)
     return {"bank_size": sum(len(build.bank) for build in builds) / len(builds), "ops": dict(ops),
             "invalid_rate": ops["invalid"] / max(1, sum(len(build.decisions) for build in builds)),
+            "unread_facts": ops["unread_facts"], "cut_texts": ops["cut_texts"],
             "agreement": sum(build.num_matching for build in builds) / num_labeled if num_labeled else None}
 
 
@@ -289,8 +263,10 @@ def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[Bank
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
         predicted = manager.predict_edits(cases)
-        for (build, _, _), case, (edits, dropped) in zip(batch, cases, predicted, strict=True):
+        for (build, dialogue, turn), case, (edits, dropped) in zip(batch, cases, predicted, strict=True):
             build.dropped += dropped
+            facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()
+            build.ops += Counter(unread_facts=facts.skipped, skipped=edited.skipped, cut_texts=facts.cut + edited.cut)
             if case.facts:
                 build.decisions.append((case, edits))
         return [edits for edits, _ in predicted]
@@ -317,8 +293,10 @@ def oracle_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
 def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = None) -> list[BankBuild]:
     """Baseline: store every turn, as the fact of synthetic data, else the `facts` of a Manager, else the text."""
     def decide(batch):
-        stored = [[turn.fact] if turn.fact else (facts or {}).get((dialogue.id, turn.id), [turn.text])
+        stored = [Parsed([turn.fact]) if turn.fact else (facts or {}).get((dialogue.id, turn.id), Parsed([turn.text]))
                   for _, dialogue, turn in batch]
+        for (build, _, _), texts in zip(batch, stored, strict=True):
+            build.ops += Counter(unread_facts=texts.skipped, cut_texts=texts.cut + count_long(texts))
         return [[Edit("ADD", None, text[:MAX_TEXT_CHARS]) for text in texts] for texts in stored]
     return build_in_lockstep(dialogues, embedder, decide)
 

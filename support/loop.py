@@ -19,6 +19,7 @@ from support import distributed
 from support.cli import describe_out_of_memory, describe_presets, from_args
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock, warn_once
+from support.text import reasons_on
 
 REFERENCE = "reference"  # name of the frozen copy of --init-adapter
 PATIENCE = 5  # a run ends after this many steps in a row with a refused update (a number was not finite)
@@ -221,7 +222,7 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "zero_std_rate": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
             "entropy": -sum(sum(completion.logps) for completion in flat) / num_tokens,
             "completion_tokens": num_tokens / len(flat),
-            "unfinished_rate": sum(not completion.finished for completion in flat) / len(flat)}
+            "unfinished_rate": sum(not one.finished or reasons_on(one.text) for one in flat) / len(flat)}
 
 
 def advice(metrics: dict, config) -> list[str]:

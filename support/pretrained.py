@@ -73,16 +73,6 @@ def default_dtype(name, device: str) -> str:
     return "bfloat16" if not device.startswith("cpu") or num_parameters(name) > SMALL else "float32"
 
 
-def num_parameters(name) -> int:
-    """The number of parameters of a model, from its configuration alone. UsageError if that cannot be read."""
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(name))
-    except Exception as error:
-        raise UsageError(f"model {name}: its configuration cannot be read ({error})") from None
-    return model.num_parameters()
-
-
 def load_pretrained(name, device=None, dtype=None):
     """(model, tokenizer) from a hub id, a folder or a .gguf file, whose weights are unpacked to `dtype`."""
     (source, options), device = locate(name), str(device or default_device())

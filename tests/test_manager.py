@@ -1,5 +1,6 @@
 """The Manager's prompts and cases by hand; banks built in lockstep against a plain replay."""
 import json
+import re
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -28,7 +29,7 @@ from manager import (
     parse,
 )
 from memory import Memory, MemoryBank, make_embedder
-from support.prompts import fit_prompt
+from support.prompts import FACTS_SHOWN, OPERATIONS_SHOWN, fit_prompt
 from support.text import chat_messages, sanitize_for_prompt
 
 HASH = make_embedder("hash")
@@ -61,11 +62,31 @@ def test_prompt_by_hand():
         "new facts from Jon (3 June 2023):\n"
         "- I adopted another dog, Scout.\n"
         "operations:")
-    assert case_text("Jon", "3 June", [], ["a", "b"]) == (
-        "memories of Jon:\nnone\nnew facts from Jon (3 June):\n- a\n- b\noperations:")
-    system, user = messages(CASE)
+    assert case_text("Jon", "1:56 pm on 3 June, 2023", [], ["a", "b"]) == (
+        "memories of Jon:\nnone\nnew facts from Jon (3 June, 2023):\n- a\n- b\noperations:")
+    system, user = messages(CASE, tiny=True)
     assert (system["role"], user["role"]) == ("system", "user") and system["content"] == manager.SYSTEM
     assert manager.turn_text("Jon", "3 June", "Hi.\nBye.") == "turn of Jon (3 June):\nHi. Bye.\nfacts:"
+
+
+def test_demonstrations_are_earlier_turns_of_the_chat_in_the_format_of_the_case():
+    system, *turns, last = messages(CASE)
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(OPERATIONS_SHOWN)
+    assert last["content"] == case_text(CASE.speaker, CASE.time, CASE.shown(), CASE.facts)
+    events = set()
+    for user, reply in zip(turns[::2], turns[1::2], strict=True):
+        speaker, stored, day, facts = re.fullmatch(
+            r"memories of (\w+):\n(.*)\nnew facts from \1 \((.*)\):\n(.*)\noperations:", user["content"], re.S).groups()
+        memories = [Memory(90 + int(i), text, "", then) for i, then, text in re.findall(r"(\d) \((.*?)\) (.*)", stored)]
+        case = Case(speaker, day, tuple(line.removeprefix("- ") for line in facts.splitlines()), tuple(memories))
+        edits = parse(reply["content"], case)
+        assert user["content"] == case_text(speaker, day, case.shown(), case.facts)
+        assert manager.format_edits(edits, case) == reply["content"] and len(edits) == len(case.facts)
+        events |= {edit.event for edit in edits}
+    assert events == set(manager.EVENTS), "each operation is shown"
+    for turn, facts in FACTS_SHOWN:
+        told = re.fullmatch(r"turn of (\w+) \((.*)\):\n(.*)\nfacts:", turn).groups()
+        assert turn == manager.turn_text(*told) and json.dumps(manager.parse_facts(facts)) == facts
 
 
 wild = st.text() | st.text(st.sampled_from("a<\n\r\v\x1c\x85\u2028|/"))
@@ -78,7 +99,8 @@ def test_no_text_can_add_a_line_to_the_prompt(speaker, time, texts, facts):
     assert len(case_text(speaker, time, memories, facts).splitlines()) == 3 + max(1, len(texts)) + len(facts)
     assert len(manager.turn_text(speaker, time, facts[0]).splitlines()) == 3
     shown = {speaker: memories} if memories else {}
-    assert len(answer.case_text(shown, facts[0]).splitlines()) == 5 + max(0, len(texts) - 1)
+    assert len(answer.case_text(shown, facts[0], tiny=True).splitlines()) == 5 + max(0, len(texts) - 1)
+    assert len(answer.case_text(shown, facts[0]).splitlines()) == 4 + len(texts)
 
 
 MARKERS = """<|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> <|endoftext|> <start_of_turn> <bos> </s> <s> [INST]
@@ -90,7 +112,7 @@ def test_no_text_can_pose_as_a_role(tiny, marker):
     text = f"I won{marker}\n{marker[:1]}{marker}{marker}a\u2028{marker}"
     memories = [Memory(0, text, "Jon", text)]
     prompts = [case_text(text, text, memories, [text]), manager.turn_text(text, text, text),
-               answer.case_text({text: memories}, text)]
+               answer.case_text({text: memories}, text), answer.case_text({text: memories}, text, tiny=True)]
     assert not any(marker in prompt for prompt in prompts)
     policy = tiny()
     special = [sum(1 < id < len(SPECIAL) for id in policy.encode(chat_messages("", text))) for text in [*prompts, ""]]
@@ -130,27 +152,50 @@ def test_fit_case_keeps_the_best_matches_and_the_facts(fake):
     assert dropped == 1 and case == replace(CASE, memories=CASE.memories[:2]) and len(ids) < whole
     assert policy.chats[tuple(ids)] == messages(case) and parse('[{"event": "DELETE", "id": 3}]', case) is None
     ids, case, dropped = manager.fit_case(policy, CASE, 1)
-    assert dropped == 3 and case == replace(CASE, memories=()) and CASE.facts[0] in messages(case)[1]["content"]
+    assert dropped == 3 and case == replace(CASE, memories=()) and CASE.facts[0] in messages(case)[-1]["content"]
 
 
 def test_facts(fake):
     turns = [Turn(f"D1:{i}", 1, "Jon", f"said {i}", "3 June 2023") for i in range(3)]
-    policy = fake(lambda messages: {"said 0": 'Facts: ["Jon ran.", 3, " Jon\\nate. "]', "said 1": "none",
-                                    "said 2": '{"facts": ["a"]}'}[messages[1]["content"].splitlines()[1]])
+    policy = fake(lambda messages: {"0": 'Facts: ["Jon ran.", 3, " Jon\\nate. ", "Jon ran."]', "1": "none",
+                                    "2": '{"facts": ["a"]}'}[messages[-1]["content"].splitlines()[1][-1]])
     extracting = Manager(policy, "manager", Settings(extract=True, max_new_tokens=77))
-    assert extracting.extract(turns) == [("Jon ran.", "Jon ate."), (), ("a",)]
+    found = extracting.extract(turns)
+    assert found == [["Jon ran.", "Jon ate."], [], ["a"]] and [facts.skipped for facts in found] == [1, 1, 0]
     assert policy.calls == [(None, 3, (1, 77, 0))], "the base model, greedy, all turns at once"
-    assert list(policy.chats.values())[0][0]["content"] == manager.EXTRACTOR
-    assert Manager(None).extract(turns) == [("said 0",), ("said 1",), ("said 2",)]
+    system, *shown, last = list(policy.chats.values())[0]
+    assert system["content"] == manager.EXTRACTOR and len(shown) == 2 * len(FACTS_SHOWN)
+    assert last["content"] == manager.turn_text("Jon", "3 June 2023", "said 0")
+    assert Manager(None).extract(turns) == [["said 0"], ["said 1"], ["said 2"]]
 
 
 @pytest.mark.parametrize("completion, facts", [
-    ('["a", "b"]', ["a", "b"]), ('so {"facts": ["a"]}', ["a"]), ("[]", []), ("no", []), ("[1, null, {}]", []),
-    ("{}", []), ('{"facts": "a"}', []), ('["", " "]', []), (json.dumps(["y" * 600]), ["y" * 500]),
-    (json.dumps(["a"] * 40), ["a"] * 32), ('as in [1]: ["a"]', ["a"]), ('{"speaker": "Jon"} ["a"]', ["a"]),
-    ('[] or ["a"]', [])])
-def test_parse_facts(completion, facts):
-    assert manager.parse_facts(completion) == facts
+    ('["a", "b"]', ["a", "b"]), ('so {"facts": ["a"]}', ["a"]), ("[]", []), ("{}", []), ('["", " "]', []),
+    ('as in [1]: ["a"]', ["a"]), ('{"speaker": "Jon"} ["a"]', ["a"]), ('["a"] ["b"]', ["a"]),
+    ('[] and then ["a"]', ["a"]), ('{"facts": []}\n{"facts": ["a"]}', ["a"]), ("[]\n1. a\n2. b", ["a", "b"]),
+    ('{"facts": [{"text": "a"}, {"memory": "b"}]}', ["a", "b"]), ('{"memories": [{"content": "a"}]}', ["a"]),
+    ('[{"fact": "a", "date": "3 June"}, "b"]', ["a", "b"]), ('{"fact": "a"}\n{"fact": "b"}', ["a", "b"]),
+    ('{"Jon": ["a", "b"]}', ["a", "b"]), ('{"data": {"facts": ["a"]}}', ["a"]),
+    ("['Jon\\'s a', \"b\"]", ["Jon's a", "b"]), ("['Jon's a', 'b']", ["Jon's a", "b"]),
+    ('["a [photo]", "b",]', ["a [photo]", "b"]), ("{'facts': ['a',], }", ["a"]), ('["a" "b"\n"c"]', ["a", "b", "c"]),
+    ("Here:\n- a\n* **b**\n• c", ["a", "b", "c"]), ("1) a\n(2) 'b'\n 10. c: d", ["a", "b", "c: d"]),
+    ('```json\n["a"]\n```', ["a"]), (json.dumps("a [shares a photo]") + ', ["b"]', ["b"])])
+def test_facts_that_are_read_whole(completion, facts):
+    found = manager.parse_facts(completion)
+    assert (found, found.skipped, found.cut) == (facts, 0, 0)
+
+
+@pytest.mark.parametrize("completion, facts, skipped, cut", [
+    ('["a", "b', ["a"], 1, 0), ('{"facts": ["a", "b", "', ["a", "b"], 0, 0), ('["a", "b", {"fa', ["a", "b"], 1, 0),
+    ('[{"fact": "a"}, {"fact": "b"}, {"fact": "c', ["a", "b"], 1, 0), ("['a', 'b', 'c", ["a", "b"], 1, 0),
+    ('[]\n["a", "b', ["a"], 1, 0), ('["a", 3, null, {}]', ["a"], 2, 0), ("[1, null]", [], 1, 0),
+    ("no", [], 1, 0), ("", [], 1, 0),
+    ("[see above]", [], 1, 0), ('{"speaker": "Jon"}', [], 1, 0), ('"a"', [], 1, 0), ("[" * 5000 + "]" * 5000, [], 1, 0),
+    (json.dumps(["y" * 600, "y" * 500, "y" * 499 + " z"]), ["y" * 500, "y" * 500, "y" * 499], 0, 2),
+    (json.dumps(["a"] * 40), ["a"] * 32, 8, 0)])
+def test_what_a_list_of_facts_loses_is_counted(completion, facts, skipped, cut):
+    found = manager.parse_facts(completion)
+    assert (found, found.skipped, found.cut) == (facts, skipped, cut)
 
 
 def test_case_of_takes_the_speakers_best_over_all_facts():
@@ -214,7 +259,7 @@ def test_the_bank_before_every_turn():
 
 def by_checksum(messages):
     """A Manager as good as dice, but the same for the same prompt: all events, and outputs that are invalid."""
-    text = messages[1]["content"]
+    text = messages[-1]["content"]
     if messages[0]["content"] == manager.EXTRACTOR:
         return json.dumps([f"{text.splitlines()[1]} ({part})" for part in range(zlib.crc32(text.encode()) % 3)])
     dice, fact = zlib.crc32(text.encode()), text.splitlines()[-2]
@@ -226,7 +271,8 @@ def by_checksum(messages):
 @pytest.mark.parametrize("is_tight", [False, True])
 def test_lockstep_equals_one_by_one(fake, extract, is_tight):
     dialogues, policy = ragged(), fake(by_checksum)
-    limit = len(manager.SYSTEM.split()) + (60 if extract else 36) if is_tight else None
+    instruction = " ".join(message["content"] for message in messages(CASE)[:-1])
+    limit = len(instruction.split()) + (60 if extract else 36) if is_tight else None
     options = Settings(top_k=3, extract=extract, max_prompt_tokens=limit, max_new_tokens=99)
     together = build_banks(Manager(policy, "manager", options), dialogues, HASH)
     alone = [build_banks(Manager(fake(by_checksum), "manager", options), [dialogue], HASH)[0]
@@ -266,7 +312,7 @@ def test_add_all_on_data_without_reference_operations(fake):
     [build] = add_all_banks([plain], HASH, extracting.facts)
     facts = [fact for turn in plain.turns for fact in extracting.facts[plain.id, turn.id]]
     assert [memory.text for memory in build.bank] == facts and build.ops == {"ADD": len(facts)}
-    assert () in extracting.facts.values() and len(facts) > 20
+    assert [] in extracting.facts.values() and len(facts) > 20
 
 
 def test_facts_known_from_before_are_not_extracted_again(fake):
@@ -302,8 +348,35 @@ def test_a_case_without_facts_is_not_sent_to_the_model(fake):
 def test_a_report_of_some_banks():
     three = [Edit("ADD", None, text) for text in "abc"]
     builds = [manager.BankBuild(BANK, [(CASE, three), (CASE, None)], Counter(ADD=3, invalid=1, NOOP=1)),
-              manager.BankBuild(MemoryBank(HASH), ops=Counter(ADD=1), num_matching=1, num_labeled=4)]
+              manager.BankBuild(MemoryBank(HASH), ops=Counter(ADD=1, skipped=1, unread_facts=2, cut_texts=3),
+                                num_matching=1, num_labeled=4)]
     report = bank_report(builds)
-    assert report == {"bank_size": 3 / 2, "ops": {"ADD": 4, "invalid": 1, "NOOP": 1}, "agreement": 1 / 4,
+    ops = {"ADD": 4, "invalid": 1, "NOOP": 1, "skipped": 1, "unread_facts": 2, "cut_texts": 3}
+    assert report == {"bank_size": 3 / 2, "ops": ops, "agreement": 1 / 4,
+                      "unread_facts": 2, "cut_texts": 3,
                       "invalid_rate": 1 / 2}, "one of two completions; the turn without facts had none"
     assert bank_report(builds[:1])["agreement"] is None
+
+
+def test_what_is_lost_while_a_bank_is_built_is_counted(fake):
+    """Per turn: facts unread 1, 0, 1, 0; texts cut 0, 1 + 1, 0, 0; operations skipped 0, 2, -, 0. Turn 3 is invalid."""
+    long = "Jon " + "x" * 600
+    replies = {"said 0": ('["Jon ran.", "Jon a', [{"event": "ADD", "text": "Jon ran."}]),
+               "said 1": (json.dumps([long]), [{"event": "ADD", "text": long}, {"event": "DELETE", "id": 7}, "no"]),
+               "said 2": ('["Jon sat.", 3]', [{"event": "MERGE"}]), "said 3": ("[]", [])}
+    said = dict(zip(["Jon ran.", long[:500], "Jon sat."], [operations for _, operations in replies.values()]))
+
+    def rule(messages):
+        system, *_, last = [message["content"] for message in messages]
+        if system == manager.EXTRACTOR:
+            return replies[last.splitlines()[1]][0]
+        return json.dumps(said[last.splitlines()[-2].removeprefix("- ")])
+
+    turns = tuple(Turn(f"D1:{i}", 1, "Jon", text, "") for i, text in enumerate(replies))
+    talk, agent = Dialogue("d", ("Jon", "Gina"), turns, ()), Manager(fake(rule), settings=Settings(extract=True))
+    [build] = build_banks(agent, [talk], HASH)
+    assert build.ops == {"ADD": 2, "NOOP": 1, "invalid": 1, "skipped": 2, "unread_facts": 2, "cut_texts": 2}
+    [stored] = add_all_banks([talk], HASH, agent.facts)
+    assert stored.ops == {"ADD": 3, "unread_facts": 2, "cut_texts": 1}
+    [raw] = add_all_banks([replace(talk, turns=(replace(turns[0], text=long), turns[1]))], HASH)
+    assert raw.ops == {"ADD": 2, "cut_texts": 1} and [len(memory.text) for memory in raw.bank] == [500, 6]

@@ -14,7 +14,7 @@ import manager
 from data import Dialogue, Turn
 from manager import Case, Edit, Manager, apply_edits, build_banks, format_edits, messages, parse
 from memory import Memory, MemoryBank
-from support.text import sanitize_for_prompt, trigram_similarity
+from support.text import after_reasoning, sanitize_for_prompt, trigram_similarity
 
 
 def in_prose(*operations):
@@ -60,18 +60,50 @@ REFUSED = [
         "1" + "0" * 99, "1" + "0" * 5000, '"1' + "0" * 5000 + '"')),
     '[{"event": "DELETE", "old_memory": "Gina plays tennis on Sundays"}]', '[{"event": "DELETE", "old_memory": " "}]',
     '[{"event": "DELETE", "old_memory": 1}]',
-    '[{"event": "DELETE", "id": 1}, {"event": "UPDATE", "id": "1", "text": "a"}]',
-    json.dumps([{"event": "DELETE", "id": 1}, {"event": "DELETE", "old_memory": DOG}]),
-    '[{"event": "ADD", "text": "a"}, {"event": "DELETE", "id": 9}]', '[{"event": "ADD", "text": "a"}, 3]',
-    '{"memory": {"event": "NOOP"}}', '[{"event": "ADD", "text": "a\nb"}]', '[{"event": "ADD", "text": "a\x00"}]',
-    "[" + "1" * 5000 + "]", json.dumps([ADD] * 33), json.dumps(ADD) * 33,
-    '[{"event": "ADD", "text": "a"}]\n[{"event": "MERGE"}]', '[{"event": "NOOP"}] [{"event": "DELETE", "id"',
+    '[{"event": "ADD", "text": "a\nb"}]', '[{"event": "ADD", "text": "a\x00"}]', "[" + "1" * 5000 + "]",
+    '[] [{"event": "MERGE"}]', "ADD: Jon moved.\nNOOP", '{"facts": ["Jon moved."]}', '[{"text": "Jon moved."}]',
 ]
-
-
-@pytest.mark.parametrize("completion, edits", FORMS)
-def test_forms(completion, edits):
-    assert parse(completion, CASE) == edits
+A, DOGS, GONE = Edit("ADD", None, "a"), Edit("UPDATE", 40, "Jon has two dogs."), Edit("DELETE", 42)
+SYNONYMS = [
+    ('[{"operation": "Update", "memory_id": "1", "new_memory": "Jon has two dogs."}]', [DOGS]),
+    ('[{"action": "MODIFY", "ID": 1, "content": "Jon has two dogs."}, {"op": "remove", "index": 2}]', [DOGS, GONE]),
+    ('{"Event": "INSERT", "fact": "a"}', [A]),
+    ('[{"type": "create", "memory": "a"}, {"type": "no_op"}]', [A, Edit("NOOP")]),
+    ('{"operations": [{"event": "ADD", "text": "a"}]}', [A]), ('{"actions": [{"action": "delete", "id": 2}]}', [GONE]),
+    ('{"reason": "new", "memories": [{"event": "ADD", "memory": "a"}]}', [A]),
+    ('{"memory": [{"id": "1", "text": "' + DOG + '", "event": "NONE"}, {"id": "2", "text": "Jon drives a Fiat car.", '
+     '"event": "UPDATE", "old_memory": "' + CAR + '"}]}', [Edit("NOOP"), Edit("UPDATE", 42, "Jon drives a Fiat car.")]),
+    ("[{'event': 'UPDATE', 'id': 1, 'text': 'Jon has two dogs.'}]", [DOGS]),
+    ("{'memory': [{'event': 'ADD', 'text': \"a\"}, {'event': 'DELETE', 'id': '2'}]}", [A, GONE]),
+    ('[{"event": "ADD", "text": "a",}, {"event": "DELETE", "id": 2},]', [A, GONE]),
+    ('```\n{"operations": [\n  {"event": "ADD", "text": "a"},\n]}\n```', [A]),
+    ('[{"event": "ADD", "text": "a"} {"event": "DELETE", "id": 2}]', [A, GONE]),
+    ('[{"event": "ADD", "text": "a"}', [A]),
+    ('{"event": "ADD", "text": "a"},\n{"event": "DELETE", "id": 2}]', [A, GONE]),
+]
+PARTIAL = [  # (completion, edits, number of skipped entries)
+    ('[{"event": "ADD", "text": "a"}, {"event": "DELETE", "id": 9}]', [A], 1),
+    ('[{"event": "DELETE", "id": 0}, {"event": "MERGE"}, {"event": "DELETE", "id": 2}]', [GONE], 2),
+    ('[{"event": "ADD", "text": "a"}, 3, null, "NOOP", {}]', [A], 4),
+    ('[{"event": "UPDATE", "id": 1}, {"event": "NOOP"}]', [Edit("NOOP")], 1),
+    ('[{"event": "DELETE", "id": 2}, {"event": "UPDATE", "id": "2", "text": "a"}, {"event": "ADD", "text": "a"}]',
+     [GONE, A], 1),
+    ('[{"event": "UPDATE", "id": 1, "text": "Jon has two dogs."}, {"event": "DELETE", "old_memory": "' + DOG + '"}]',
+     [DOGS], 1),
+    ('[{"event": "ADD", "text": "a"}]\n[{"event": "MERGE"}]', [A], 1),
+    ('[{"event": "DELETE", "id": 2}, {"event": "ADD", "text": "a', [GONE], 1),
+    ('{"operations": [{"event": "DELETE", "id": 2}, {"event": "UPDATE", "id": 1, "te', [GONE], 1),
+    ('[{"event": "ADD", "text": "a"}, {"event": "ADD", "text": "b"c"}, {"event": "DELETE", "id": 2}]', [A, GONE], 1),
+    (json.dumps([ADD] * 33), [Edit("ADD", None, "x")] * 32, 1),
+    (json.dumps(ADD) * 40, [Edit("ADD", None, "x")] * 32, 8),
+]
+# Reasoning with a draft in it: {d} is the draft, {a} what follows the reasoning.
+REASONING = ["<think>{d}</think>{a}", "I think {d}\n</think>\n\n{a}", "<thinking>\n{d}\n</thinking> {a}",
+             "<reasoning>{d}</reasoning>{a}", "<Thought>{d}</Thought>{a}", "<seed:think>{d}</seed:think>{a}",
+             "[THINK]{d}[/THINK]{a}", "◁think▷{d}◁/think▷{a}", "<|START_THINKING|>{d}<|END_THINKING|>{a}",
+             "<|channel|>analysis<|message|>{d}<|end|><|start|>assistant<|channel|>final<|message|>{a}<|return|>",
+             "<|channel|>analysis<|message|>{d}<|end|><|start|>assistant<|channel|>final json<|message|>{a}",
+             "analysisWe have {d}assistantfinal{a}", "<think>{d}</think>No: {d}<think>Or {d}</think>{a}"]
 
 
 @pytest.mark.parametrize("completion", REFUSED)
@@ -79,13 +111,40 @@ def test_refused(completion):
     assert parse(completion, CASE) is None
 
 
-@pytest.mark.parametrize("completion", [
-    '[{"event": "ADD", "text": "Jon moved."}, {"event": "DELETE", "id":',  # cut off at max_new_tokens
-    '[{"event": "ADD", "text": "Jon moved."} {"event": "DELETE", "id": 1}]',
-    '{"memory": [{"event": "ADD", "text": "Jon moved."}, {"event": "DEL',
-])
-def test_a_list_that_is_not_whole_is_not_carried_out_in_part(completion):
-    assert parse(completion, CASE) is None, "difference 3 from the paper: it is invalid, and nothing changes"
+@pytest.mark.parametrize("completion, edits, skipped", [(*one, 0) for one in FORMS + SYNONYMS] + PARTIAL)
+def test_what_cannot_be_applied_is_skipped_and_counted(completion, edits, skipped):
+    found = parse(completion, CASE)
+    assert found == edits and found.skipped == skipped
+
+
+def test_long_texts_are_counted():
+    operations = [{"event": "ADD", "text": "y" * 501}, {"event": "UPDATE", "id": 1, "text": "y" * 900},
+                  {"event": "ADD", "text": "y" * 500}]
+    assert parse(json.dumps(operations), CASE).cut == 2 and parse(json.dumps(operations[2:]), CASE).cut == 0
+
+
+@pytest.mark.parametrize("form", REASONING)
+def test_reasoning_is_never_read(form):
+    """Nor where it is cut off; an answer without reasoning is whole."""
+    def written(draft, answer):
+        return form.replace("{d}", draft).replace("{a}", answer)
+    draft = '[{"event": "DELETE", "id": 1}]'
+    assert parse(written(draft, '[{"event": "DELETE", "id": 2}, {"event": "ADD", "text": "a"}]'), CASE) == [GONE, A]
+    assert manager.parse_facts(written('["Jon maybe moved."]', '["Jon moved."]')) == ["Jon moved."]
+    assert after_reasoning(written("answer: Ford", "Kia")).strip() == "Kia"
+    opened = form.partition("{d}")[0]
+    if opened != "I think ":  # where only the end is in the output, a beginning cannot be recognized
+        assert parse(opened + draft, CASE) is None and after_reasoning(opened + "answer: Ford") == ""
+        unread = manager.parse_facts(opened + '["Jon maybe moved."]\n- Jon ran.')
+        assert (unread, unread.skipped) == ([], 1)
+
+
+@given(st.text(st.sampled_from('ab<>/[]{}"\' \n|')), st.text(st.sampled_from("ab[]{},:\" \n")))
+@settings(FUZZ, max_examples=200)
+def test_what_comes_before_the_end_of_reasoning_never_counts(draft, answer):
+    assert after_reasoning(f"{draft}</think>{answer}") == answer
+    assert after_reasoning(f"{answer}<think>{draft}") == ""
+    assert after_reasoning(answer) == answer
 
 
 def test_threshold_of_a_quote():

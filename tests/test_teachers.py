@@ -34,7 +34,7 @@ def test_reference_operations_in_the_format_of_each_model(model, word):
     texts, known = [made.policy.decode(ids) for ids in completions], made.teacher_decisions()
     assert report["invalid_rate"] == 0 and sum(report["ops"].values()) == len(prompts) == 20 and word in "".join(texts)
     for prompt, text, (case, edits) in zip(prompts, texts, known, strict=True):
-        assert prompt == made.policy.encode(manager.messages(case)) and manager.parse(text, case) == edits
+        assert prompt == made.policy.encode(manager.messages(case, tiny=True)) and manager.parse(text, case) == edits
 
 
 def test_edits_of_memories_that_are_not_shown_are_left_out():
@@ -48,7 +48,7 @@ def test_edits_of_memories_that_are_not_shown_are_left_out():
 def test_a_hosted_teacher_builds_its_own_banks_and_is_never_asked_twice(serve, tmp_path, monkeypatch):
     """It stores every fact; for facts with an "s" its output is invalid."""
     def teach(chat):
-        fact = re.search("- (.*)\noperations:", chat[1]["content"])[1]
+        fact = re.search("- (.*)\noperations:", chat[-1]["content"])[1]
         return "I would not." if "s" in fact[:9] else f'Of course: [{{"event": "ADD", "text": "{fact}"}}] Done.'
     server = serve(rule=teach)
     monkeypatch.setenv("MANAGER_URL", server.url)
