@@ -99,7 +99,8 @@ class AnswerTask:
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args, self.settings = policy, args, from_args(answer.Settings, args)
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
+        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
+                                 device=args.device, dtype=args.dtype)
         sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
         self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
         self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")

@@ -122,7 +122,8 @@ class ManagerTask:
         if args.algo == "sft":
             self.teacher = Endpoint.from_environment("MANAGER", cache=REPLIES) if args.teacher == "endpoint" else None
             return
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
+        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
+                                 device=args.device, dtype=args.dtype)
         if self.dialogues and not any(map(linked_questions, self.dialogues)):
             raise UsageError(f"--data {args.data}: no question names a turn as evidence, so no turn can be judged")
 
