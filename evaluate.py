@@ -10,9 +10,10 @@ Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
         runs/2x2.json:"manager-grpo + answer-grpo"
 
 A system is a source of memories (a baseline or a Memory Manager), an Answer Agent, and a number of memories to show.
-With --out FILE.json every answer is appended to FILE.predictions.jsonl as soon as it exists, and the same command
-continues a stopped evaluation. Difference from the paper (arXiv 2508.19828): `rag` retrieves as many raw turns as other
-systems retrieve memories; the RAG baseline in the authors' code shows one chunk of 500 tokens.
+With --out FILE.json every answer is appended to FILE.predictions.jsonl as soon as it exists, and every reply from which
+banks are built to FILE.replies.jsonl, so the same command continues a stopped evaluation. Difference from the paper
+(arXiv 2508.19828): `rag` retrieves as many raw turns as other systems retrieve memories; the RAG baseline in the
+authors' code shows one chunk of 500 tokens.
 """
 import argparse
 import time
@@ -31,7 +32,15 @@ from policy import Policy
 from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
+from support.evaluation import (
+    RecordedPolicy,
+    Reranker,
+    agent_name,
+    batches,
+    find_runs,
+    select_questions,
+    weights_of,
+)
 from support.judge import gold_of, make_judge
 from support.run import append_rows, check_distill, to_json_safe
 
@@ -44,6 +53,7 @@ REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they diffe
 REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
 RAW = ("none", "rag", "full-context")  # baselines whose banks hold no turns, or raw turns
 BASELINES = (*RAW, "add-all", "oracle")
+RECORDED_AT_ONCE = 64  # replies that a stopped evaluation may lose while it extracts facts
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
 
 
@@ -145,7 +155,9 @@ class Evaluator:
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
         options = {"device": args.device, "dtype": args.dtype}
-        self.judge = make_judge(args.judge, policy, **options) if args.judge else None
+        self.judge = make_judge(args.judge, policy, args.judge_tokens, **options) if args.judge else None
+        if self.judge and args.judge != "endpoint":  # the replies of hosted judges have a cache of their own
+            self.judge.policy = self.recorded(self.judge.policy)
         self.facts = defaultdict(dict)  # by the name of the model that extracted them
         self.agents = {agent: load_agent(policy, agent, args.distill)
                        for system in systems for agent in (system.source, system.answer)}
@@ -153,11 +165,14 @@ class Evaluator:
         self.lines = report.load_previous(args.out, self.settings)
         report.write_results(args, self.lines)
 
+    def recorded(self, policy) -> RecordedPolicy:
+        return RecordedPolicy(policy, report.replies_path(self.args.out), max(self.args.at_once, RECORDED_AT_ONCE))
+
     def describe(self, systems: Sequence[System]) -> dict[str, dict]:
         """{name of a system: everything that its answers depend on}"""
         shared = asdict(from_args(SharedFlags, self.args)) | {"dtype": str(self.policy.model.dtype)}
-        shared["weights"] = report.checksum(one[:64] for one in self.policy.model.parameters())
-        adapters = {agent: report.checksum(policy.parameters(adapter)) if adapter else policy.name
+        shared["weights"] = weights_of(self.policy)
+        adapters = {agent: weights_of(policy, adapter) if adapter else policy.name
                     for agent, (policy, adapter) in self.agents.items()}
         return {one.system: {**asdict(one), **shared, "manager weights": adapters[one.source],
                              "answer weights": adapters[one.answer]} for one in systems}
@@ -178,11 +193,11 @@ class Evaluator:
         args, (policy, adapter) = self.args, self.agents[source]
         max_prompt_tokens = None if source == "endpoint" else args.max_prompt_tokens
         settings = manager.Settings(args.top_k, args.extract, max_prompt_tokens, args.max_new_tokens)
-        timed = TimedPolicy(policy)
-        agent = manager.Manager(timed, adapter, settings, self.facts[policy.name])
+        recorded = self.recorded(policy)
+        agent = manager.Manager(recorded, adapter, settings, self.facts[policy.name])
         if source not in (*RAW, "oracle"):
             agent.read_facts(dialogues)
-        start, timed.seconds = time.perf_counter(), []
+        start, recorded.seconds, recorded.saved = time.perf_counter(), [], 0.0
         if source in RAW:
             builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder)) for dialogue in dialogues]
         elif source == "oracle":
@@ -192,10 +207,10 @@ class Evaluator:
         else:
             progress = f"{agent_name(source)}: reading {len(dialogues)} dialogues"
             builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
-        seconds = (time.perf_counter() - start) / len(dialogues)
+        seconds = (time.perf_counter() - start + recorded.saved) / len(dialogues)
         return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
-            "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(timed.seconds)})
+            "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(recorded.seconds)})
             for dialogue, build in zip(dialogues, builds, strict=True)}
 
     def find_memories(self, system: System, question: str, speakers, bank: MemoryBank) -> tuple[list[Memory], tuple]:
@@ -225,7 +240,7 @@ class Evaluator:
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
                 line |= to_json_safe({
-                    "prediction": found.text, "is_valid": found.is_valid,
+                    "prediction": found.text, "output": found.output, "is_valid": found.is_valid,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
                     "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
                     "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
@@ -235,12 +250,11 @@ class Evaluator:
             self.lines |= {report.line_key(line): line for line in batch}
 
     def add_verdicts(self, lines: Sequence[dict]) -> None:
-        """Add the judge's verdicts. The judge caches its replies, so none is paid for twice after a failure."""
-        for line in lines:
-            line.pop("judge", None)  # an earlier verdict may be another judge's
+        """Add the judge's verdicts and reasons, next to those of other judges. Its replies are kept after a failure."""
         verdicts = self.judge([(line["text"], line["prediction"], gold_of(line)) for line in lines])
         for line, verdict, reason in zip(lines, verdicts, self.judge.reasons, strict=True):
-            line |= {"judge": verdict, "judge_model": self.judge.model, "judge_reason": reason}
+            line.pop(report.JUDGE + self.judge.model, None)  # the last judge comes last
+            line |= {report.JUDGE + self.judge.model: verdict, f"reason of {self.judge.model}": reason}
 
     def report_table(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> None:
         """Judge, save and print the answers of a table. If the judge fails, only its column is missing."""
@@ -296,7 +310,9 @@ class SystemFlags:
                               least=1)
     at_once: int = flag(64, "dialogues and questions per batch; 1 times single calls", least=1)
     device: str | None = flag(None, "cpu, cuda, cuda:1, mps ... (a GPU if there is one)")
-    judge: str | None = flag(None, "a model that also marks answers: endpoint ($JUDGE_URL, ...), base, or a model")
+    judge: str | None = flag(None, "a model that also marks answers: endpoint ($JUDGE_URL, ...), base, or a model; "
+                              "each judge of the same --out has its own column")
+    judge_tokens: int = flag(512, "length of a judge's reply", least=1)
     out: str | None = flag(None, "write results and predictions; continue if it was stopped", metavar="FILE.json")
     paper: bool = flag(False, "print the paper's results on LoCoMo next to these", action="store_true")
     compare: str | None = flag(None, "only compare two results, or systems (A.json:SYSTEM)",

@@ -128,8 +128,8 @@ class AnswerTask:
         if args.algo == "sft":
             self.teacher = cli.make_teacher(args)
         else:
-            self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device,
-                                     dtype=args.dtype)
+            self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
+                                     device=args.device, dtype=args.dtype)
         sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
         self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
         self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")

@@ -151,7 +151,8 @@ class ManagerTask:
         if args.algo == "sft":
             self.teacher = cli.make_teacher(args)
             return
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, device=args.device, dtype=args.dtype)
+        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
+                                 device=args.device, dtype=args.dtype)
         if self.dialogues:
             print(describe_links(self.dialogues, args), flush=True)
 

@@ -62,6 +62,7 @@ class RewardFlags:
     reward: str = flag("em", "score of an answer; the paper uses em", choices=("em", "f1", "judge", "composite"))
     judge: str = flag("endpoint", "model for --reward judge: endpoint (set JUDGE_URL, JUDGE_MODEL and, if needed, "
                       "JUDGE_API_KEY), base (this run's model without adapters), or a model as for --model")
+    judge_tokens: int = flag(512, "length of a judge's reply", least=1)
 
 
 @dataclass(frozen=True)

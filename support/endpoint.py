@@ -20,7 +20,20 @@ from support.distributed import rank0_result
 from support.run import append_rows, read_rows
 from support.text import normalize_whitespace
 
+UNFINISHED = ("length", "max_tokens", "content_filter")  # finish reasons of replies that are not complete
+TOO_LARGE = re.compile(r"(?i)too (large|big|high|long|many)|at most|maximum|exceed|limit|reduce|<=|between|"
+                       r"(less|larger|greater|more) than")
 URL = re.compile(r"(?ai)https?://([\w-]+(\.[\w-]+)*|\[[\da-f:]+\])(:\d{1,5})?(/[^\s?#@]*)?")
+
+
+def words_of(body) -> str:
+    """The server's own words in the body of an error, without the "input" with which some repeat the request."""
+    if isinstance(body, dict):
+        body = next((body[key] for key in ("message", "detail", "error") if body.get(key)), body)
+    if isinstance(body, list):
+        body = [{key: one[key] for key in ("loc", "msg") if key in one} if isinstance(one, dict) else one
+                for one in body]
+    return str(body)
 
 
 class Endpoint:
@@ -67,47 +80,69 @@ class Endpoint:
 
     def complete(self, chats, max_new_tokens: int = 512) -> list[str]:
         """One reply per chat, in order; "" if it was cut off or empty. An error cancels unsent chats."""
+        return [text if is_finished else "" for text, is_finished in self.read_replies(chats, max_new_tokens)]
+
+    def read_replies(self, chats, max_new_tokens: int) -> list[tuple[str, bool]]:
+        """(text, whether it is finished) for each chat. Only finished replies are cached."""
         keys = [hashlib.sha256(json.dumps([self.name, max_new_tokens, chat]).encode()).hexdigest() for chat in chats]
         missing = {key: chat for key, chat in zip(keys, chats, strict=True) if not self.replies.get(key)}
 
         def work(key):
-            if reply := self.request(missing[key], max_new_tokens):
-                self.replies[key] = reply
+            text, is_finished = self.request(missing[key], max_new_tokens)
+            if is_finished:
+                self.replies[key] = text
                 if self.cache:
-                    append_rows(self.cache, [{"key": key, "reply": reply}])
+                    append_rows(self.cache, [{"key": key, "reply": text}])
+            return text, is_finished
 
         with ThreadPoolExecutor(self.parallel) as pool:
             try:
-                list(tqdm(pool.map(work, missing), self.name, len(missing), leave=False, disable=None, delay=3))
+                found = list(tqdm(pool.map(work, missing), self.name, len(missing), leave=False, disable=None, delay=3))
+            except self.openai.APIStatusError as error:
+                raise self.usage_error(f"HTTP {error.status_code} {words_of(error.body)}") from None
             except self.openai.OpenAIError as error:
-                raise self.usage_error(error) from None
+                raise self.usage_error(error.__cause__ or error) from None  # a lost connection has a cause
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C at any moment
-        return [self.replies.get(key, "") for key in keys]
+        new = dict(zip(missing, found, strict=True))
+        return [new.get(key) or (self.replies[key], True) for key in keys]
 
-    def request(self, chat, max_new_tokens: int) -> str:
-        """A reply, "" if it was cut off or is no completion. A parameter that the model refuses is not sent again."""
-        limits = {"temperature": 0, "max_tokens": max_new_tokens}
-        sent = {name: value for name, value in limits.items() if name not in self.refused}
+    def request(self, chat, max_new_tokens: int) -> tuple[str, bool]:
+        """(text, whether it is finished). A parameter that the model refuses is not sent again; too large a limit is
+        halved for this chat."""
+        sent = {"temperature": 0, "max_tokens": max_new_tokens}
+        while True:
+            sent = {name: value for name, value in sent.items() if name not in self.refused}
+            try:
+                return self.read_response(self.client.chat.completions.with_raw_response.create(
+                    model=self.name, messages=chat, extra_headers=self.headers, **sent))
+            except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
+                words = words_of(error.body).lower()
+                if "token" in words and TOO_LARGE.search(words) and sent.get("max_tokens", 1) > 1:
+                    sent["max_tokens"] //= 2
+                    continue
+                refused = {error.param} & {*sent} or {name for name in sent if name in words}
+                if not refused:
+                    raise
+                self.refused |= refused
+
+    def read_response(self, response) -> tuple[str, bool]:
+        """(text, whether it is finished) of a response with status 200; UsageError if it holds no completion."""
         try:
-            choice = self.client.chat.completions.create(model=self.name, messages=chat, extra_headers=self.headers,
-                                                         **sent).choices[0]
-            text = choice.message.content
-            return text if isinstance(text, str) and choice.finish_reason != "length" else ""
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return ""  # the client does not check what the server sends
-        except self.openai.BadRequestError as error:
-            refused = {name for name in sent if name in str(error.body)}
-            if not refused:
-                raise
-            self.refused |= refused
-        return self.request(chat, max_new_tokens)
+            choice = response.parse().choices[0]
+            message, reason = choice.message, str(choice.finish_reason).lower()
+            text = message.content
+            reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # the client checks nothing
+            raise self.usage_error(f"HTTP 200 {response.text or 'without a body'}") from None
+        if reason in UNFINISHED:
+            return text if isinstance(text, str) else "", False
+        if reason == "error" or not isinstance(text, str) or (reasoning and not text.strip()):
+            raise self.usage_error(f"no content, only reasoning: {reasoning}" if reasoning
+                                   else f"HTTP 200 {words_of(getattr(choice, 'error', None) or response.text)}")
+        return text, bool(text.strip())
 
-    def usage_error(self, error) -> UsageError:
-        words = error.__cause__ or error  # a lost connection has a cause
-        if isinstance(error, self.openai.APIStatusError):
-            body = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
-            words = f"HTTP {error.status_code} {body}"
+    def usage_error(self, words) -> UsageError:
         words = normalize_whitespace(str(words).replace(self.key or "\0", "***"))[:200]
         return UsageError(f"no reply from {self.url} ({words}): check {self.variables}, then run the command again")
 
@@ -121,5 +156,5 @@ class Endpoint:
 
     def sample(self, prompts, n=1, max_new_tokens=64, temperature=0):
         """One greedy completion per prompt, whatever `n` and `temperature` are. Rank 0 sends the requests."""
-        replies = rank0_result(self.complete, [json.loads(bytes(prompt)) for prompt in prompts], max_new_tokens)
-        return [[SimpleNamespace(ids=[], logps=[], finished=bool(reply), text=reply)] for reply in replies]
+        replies = rank0_result(self.read_replies, [json.loads(bytes(prompt)) for prompt in prompts], max_new_tokens)
+        return [[SimpleNamespace(ids=[], logps=[], finished=is_finished, text=text)] for text, is_finished in replies]

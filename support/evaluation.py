@@ -1,18 +1,21 @@
-"""Parts of evaluate.py: find runs, select questions, time a policy, rerank memories."""
+"""Parts of evaluate.py: find runs, select questions, record the replies of a policy, rerank memories."""
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
 from data import Dialogue, UsageError
 from support import report
-from support.run import check_distill, read_config, warn_once
+from support.run import append_rows, check_distill, read_config, read_rows, warn_once
 
 
 def agent_name(agent: str) -> str:
@@ -63,20 +66,55 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
             for dialogue, pairs in groupby(chosen[:count], key=lambda pair: pair[0])], turns
 
 
-class TimedPolicy:
-    """A policy that records the seconds of each prompt: the time of the batch, divided equally."""
+def weights_of(policy, adapter: str | None = None) -> str:
+    """What the replies of a model depend on: checksum and dtype of its weights; the name of a hosted model."""
+    if adapter:
+        return report.checksum(policy.parameters(adapter))
+    if not hasattr(policy, "model"):
+        return policy.name
+    return f"{report.checksum(one[:64] for one in policy.model.parameters())} {policy.model.dtype}"
 
-    def __init__(self, policy):
-        self.policy, self.seconds = policy, []
+
+class RecordedPolicy:
+    """
+    A policy for greedy decoding whose replies are appended to a file as soon as `at_once` of them exist, so that a
+    stopped evaluation continues without computing or paying for them again. Without a path nothing is written.
+    `seconds` records the time of each prompt, now or when it was computed: the time of its batch, divided equally.
+    """
+
+    def __init__(self, policy, path: Path | None, at_once: int):
+        self.policy, self.path, self.at_once, self.seconds, self.saved = policy, path, at_once, [], 0.0
+        self.replies = {str(row["key"]): row for row in (read_rows(path) if path else [])
+                        if row.keys() >= {"key", "seconds", "finished", "text"}}
+        self.weights = {None: weights_of(policy)}  # by adapter
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
 
-    def sample(self, prompts, *args, **options):
-        start = time.perf_counter()
-        groups = self.policy.sample(prompts, *args, **options)
-        self.seconds += [(time.perf_counter() - start) / len(prompts)] * len(prompts)
-        return groups
+    def key(self, prompt, max_new_tokens) -> str:
+        adapter = getattr(self.policy, "active", None)  # hosted models have no adapters
+        if adapter not in self.weights:
+            self.weights[adapter] = f"{self.weights[None]} {weights_of(self.policy, adapter)}"
+        return report.checksum([json.dumps([self.weights[adapter], max_new_tokens, prompt]).encode()])
+
+    def sample(self, prompts, n=1, max_new_tokens=64, temperature=0):
+        """One greedy completion per prompt, whatever `n` and `temperature` are."""
+        keys = [self.key(prompt, max_new_tokens) for prompt in prompts]
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.replies}
+        self.saved += sum(self.replies[key]["seconds"] for key in {*keys} - {*missing})
+        longest_first = batches(sorted(missing, key=lambda key: len(missing[key]), reverse=True), self.at_once)
+        for some in tqdm(longest_first, "batches", leave=False, disable=None if len(longest_first) > 1 else True):
+            start = time.perf_counter()
+            groups = self.policy.sample([missing[key] for key in some], 1, max_new_tokens, temperature=0)
+            seconds = (time.perf_counter() - start) / len(some)
+            rows = [{"key": key, "seconds": seconds, "finished": group[0].finished, "text": group[0].text}
+                    for key, group in zip(some, groups, strict=True)]
+            if self.path:
+                append_rows(self.path, rows)
+            self.replies |= {row["key"]: row for row in rows}
+        found = [self.replies[key] for key in keys]
+        self.seconds += [row["seconds"] for row in found]
+        return [[SimpleNamespace(ids=[], logps=[], finished=row["finished"], text=row["text"])] for row in found]
 
 
 class Reranker:

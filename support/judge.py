@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 
 from data import UsageError, longmemeval
 from support.endpoint import Endpoint
-from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, chat_messages, normalize_whitespace, sanitize_for_prompt
+from support.text import (
+    MAX_ANSWER_CHARS,
+    MAX_OUTPUT_CHARS,
+    after_reasoning,
+    chat_messages,
+    normalize_whitespace,
+    sanitize_for_prompt,
+)
 
 CACHE = "~/.cache/memory-r1/judge.jsonl"  # replies of hosted judges
 JUDGE = """You mark an answer to a question about two people's conversations by comparing it with the gold answer.
@@ -26,7 +33,8 @@ RUBRICS = {  # LongMemEval's own rules, by category
     12: "this describes a good answer, which need not meet every point",
     15: "an answer that names an earlier state too is right if it names this one as the present",
     16: "off by one day, week or month is right as well"}
-LABEL = re.compile(r"""(?i)\b(?:label|verdict)["'*_`]*\s*(?:is|:|=)[\s"'*_`:]*(correct|incorrect|wrong)\b""")
+LABEL = re.compile(r"""(?i)\b(?:label|verdict|judge?ment)["'*_`]*\s*(?:(?:is|(?:should|would|must) be)\b|[-:=>–—→])"""
+                   r"""[\s"'*_`:>]*(?:(?:therefore|thus|hence|clearly)\s+)?["'*_`]*(correct|incorrect|wrong)\b""")
 
 
 def gold_of(line: dict) -> str:
@@ -46,15 +54,15 @@ def judge_messages(question: str, prediction: str, gold: str) -> list[dict]:
 
 def verdict_of(reply: str) -> str | None:
     """'The same car. {"label": "CORRECT"}' -> "CORRECT". The last label counts, because a reason may quote one."""
-    labels = LABEL.findall(reply[-MAX_OUTPUT_CHARS:])
+    labels = LABEL.findall(after_reasoning(reply)[-MAX_OUTPUT_CHARS:])
     return ("CORRECT" if labels[-1].upper() == "CORRECT" else "WRONG") if labels else None
 
 
 class Judge:
     """
     judge([(question, prediction, gold), ...]) -> [1.0, 0.0, ...]. An empty prediction is wrong without being judged.
-    A reply without a label scores 0 and counts as `unreadable`; more than a tenth of them is a UsageError. `reasons`
-    holds the last call's replies, in the order of the triples.
+    A reply that is cut off or has no label scores 0 and counts as `unreadable`; more than a tenth of them is a
+    UsageError. `reasons` holds the last call's replies without their reasoning, in the order of the triples.
     """
 
     def __init__(self, policy, max_new_tokens: int = 512):
@@ -75,10 +83,10 @@ class Judge:
             text = (f"judge {self.model}: {self.unreadable} of {len(self.replies)} replies were cut off or have no "
                     f"label, such as {normalize_whitespace(unreadable[0])[-80:]!r}")
             if self.unreadable > len(self.replies) / 10:
-                raise UsageError(f"{text}: choose another judge")
+                raise UsageError(f"{text}: raise --judge-tokens, or choose another judge")
             logging.warning("%s: they score 0", text)
         found = [self.replies.get(triple, "") for triple in triples]
-        self.reasons = [normalize_whitespace(reply)[-MAX_ANSWER_CHARS:] for reply in found]
+        self.reasons = [normalize_whitespace(after_reasoning(reply) or reply)[-MAX_ANSWER_CHARS:] for reply in found]
         return [float(verdict_of(reply) == "CORRECT") for reply in found]
 
 

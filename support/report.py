@@ -24,7 +24,8 @@ import numpy as np
 from data import Dialogue, UsageError, longmemeval, msc, transcript
 from support.run import disk_errors, read_rows, to_json_safe, warn_once, write_file
 
-METRICS = {"em": "EM", "f1": "F1", "bleu1": "BLEU-1", "f1_locomo": "F1 LoCoMo", "judge": "judge"}
+METRICS = {"em": "EM", "f1": "F1", "bleu1": "BLEU-1", "f1_locomo": "F1 LoCoMo"}
+JUDGE = "judge "  # begins the names of the metrics that judges add to the lines, such as "judge gpt-4o-mini"
 OPERATIONS = ("ADD", "UPDATE", "DELETE", "NOOP")
 # Category number -> (name in the benchmark, name in the paper), in the order of the paper's table. Synthetic data uses
 # the numbers of LoCoMo.
@@ -90,13 +91,21 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(seconds or [0], q)) for q in (50, 95)}
 
 
+def metrics_in(line: dict) -> dict[str, str]:
+    """{metric: its name in a table} of the metrics in a line or a summary, those of judges last."""
+    return {metric: METRICS.get(metric, metric) for metric in (*METRICS, *line)
+            if metric in line and (metric in METRICS or metric.startswith(JUDGE))}
+
+
 def summarize(lines: Sequence[dict], seed: int) -> dict:
-    """Number of questions, and mean and interval of each metric that all lines have."""
+    """Number of questions, mean and interval of each metric that all lines have; "judge" repeats the last judge's."""
     part = {"n": len(lines), "judge": None, "interval": {}}
-    for metric in METRICS:
+    for metric in metrics_in(lines[0]):
         values = [line.get(metric) for line in lines]
         if None not in values:
             part[metric], part["interval"][metric] = fmean(values), bootstrap_interval(values, seed)
+            if metric.startswith(JUDGE):
+                part["judge"], part["interval"]["judge"] = part[metric], part["interval"][metric]
     return part
 
 
@@ -161,7 +170,7 @@ def category_table(rows: Sequence[dict]) -> str:
     """F1/BLEU-1, and the judge's score if there is one, by category and overall, in the layout of the paper."""
     overall = rows[0]["overall"]
     metrics = [metric for metric in ("f1", "bleu1", "judge") if overall[metric] is not None]
-    heads = [("/".join(METRICS[metric] for metric in metrics), "  the paper's", "  questions"),
+    heads = [("/".join(METRICS.get(metric, metric) for metric in metrics), "  the paper's", "  questions"),
              *((f"{number} {part['names'][0]}", part["names"][1], str(part["n"]))
                for number, part in rows[0]["by_category"].items()), ("overall", "Overall", str(overall["n"]))]
     return format_table([*zip(*heads, strict=True), *(
@@ -172,14 +181,15 @@ def category_table(rows: Sequence[dict]) -> str:
 def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dict], with_paper: bool) -> str:
     """All tables of systems that were asked the same questions. `source`: the names of data and split."""
     num_turns, num_questions = fmean(len(one.turns) for one in dialogues), rows[0]["overall"]["n"]
-    scores = [[row["system"], *(format_score(row["overall"], metric, metric in ("em", "f1")) for metric in METRICS)]
+    metrics = METRICS | {metric: name for row in rows for metric, name in metrics_in(row["overall"]).items()}
+    scores = [[row["system"], *(format_score(row["overall"], metric, metric in ("em", "f1")) for metric in metrics)]
               for row in rows]
     memory = [[row["system"], f"{row['bank_size']:.1f}", format_ops(row["ops"]), format_rate(row["agreement"]),
                format_rate(row["invalid_rate"]), format_rate(row["cut_rate"])] for row in rows]
     latency = [[row["system"], *map(format_latency, row["latency"].values())] for row in rows]
     return "\n\n".join([
         f"{source}: {num_questions} questions about {len(dialogues)} x {num_turns:.0f} turns",
-        format_table([["system", *METRICS.values()], *scores]),
+        format_table([["system", *metrics.values()], *scores]),
         category_table(rows), *([PAPER.read_text()] if with_paper else []),
         format_table([["memory", "bank", "ADD/UPD/DEL/NOOP", "agree", "invalid", "cut"], *memory]),
         format_table([["latency", "ms a turn", "ms to search", "ms to answer"], *latency])]) + "\n"
@@ -188,6 +198,11 @@ def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dic
 def predictions_path(path: str | Path) -> Path:
     """runs/x.json -> runs/x.predictions.jsonl"""
     return Path(path).with_suffix(".predictions.jsonl")
+
+
+def replies_path(path: str | Path | None) -> Path | None:
+    """runs/x.json -> runs/x.replies.jsonl"""
+    return path and Path(path).with_suffix(".replies.jsonl")
 
 
 def line_key(line: dict) -> tuple:
@@ -266,13 +281,11 @@ def compare(first: str, second: str, seed: int = 0) -> str:
 
 def paired_table(title: str, pairs: Sequence[tuple[dict, dict]], seed: int) -> str:
     """Differences of the metrics that both have. Verdicts of two different judges are not compared."""
-    lines = []
-    for a, b in pairs:
-        metrics = [metric for metric in METRICS if None not in (a.get(metric), b.get(metric))
-                   and (metric != "judge" or a.get("judge_model") == b.get("judge_model"))]
-        lines.append({"category": a["category"], **{metric: b[metric] - a[metric] for metric in metrics}})
+    lines = [{"category": a["category"], **{metric: b[metric] - a[metric] for metric in metrics_in(a) if metric in b}}
+             for a, b in pairs]
+    metrics = METRICS | metrics_in(lines[0])
     parts = {"overall": summarize(lines, seed)}
     parts |= {f"{number} {part['names'][0]}": part for number, part in summarize_by_category(lines, seed).items()}
-    return format_table([[title, "questions", *METRICS.values()], *(
-        [name, str(part["n"]), *(format_score(part, metric, form="+.1f") for metric in METRICS)]
+    return format_table([[title, "questions", *metrics.values()], *(
+        [name, str(part["n"]), *(format_score(part, metric, form="+.1f") for metric in metrics)]
         for name, part in parts.items())])

@@ -9,7 +9,6 @@ import time
 from functools import partial
 
 import pytest
-from conftest import completion_of
 
 from data import UsageError
 from support.endpoint import Endpoint
@@ -72,57 +71,6 @@ def test_parallel_requests_keep_their_order(serve):
     chats = [user(str(i)) for i in range(40)]
     assert server.endpoint().complete(chats) == [str(i) for i in range(40)]
     assert 2 <= server.most_open <= 8 and len(server.requests) == 40
-
-
-@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
-@pytest.mark.parametrize("body", [
-    b"<html>", b"\xff", b"{}", b"[1]", b"[" * 100_000, completion_of(None), b"", completion_of(3), b"null", b"Hi",
-    b'"choices"', b'{"choices": []}', b'{"choices": ["Hi"]}', b'{"choices": {"0": "H"}}', completion_of("H", "length")])
-def test_a_success_without_a_completion_is_no_reply(serve, cache, body, content_type):
-    server = serve((200, {"Content-Type": content_type}, body))
-    endpoint = server.endpoint(parallel=1, cache=cache)
-    assert endpoint.complete(CHATS[:2]) == ["", "question 1"] and stored(cache) == ["question 1"]
-    assert endpoint.complete(CHATS[:2]) == TEXTS[:2] and len(server.requests) == 3
-
-
-def test_a_reply_that_was_cut_off_is_no_reply(serve, cache):
-    server = serve((200, {}, completion_of("question", "length")))
-    endpoint = server.endpoint(cache=cache)
-    assert endpoint.complete([CHATS[0]]) == [""] and not cache.exists()
-    assert endpoint.complete([CHATS[0]]) == ["question 0"] and len(server.requests) == 2
-
-
-def refusal(name):
-    message = f"Unsupported parameter: '{name}' is not supported with this model. Use 'x' instead."
-    return 400, {}, json.dumps({"error": {"message": message, "param": name, "type": "invalid"}}).encode()
-
-
-@pytest.mark.parametrize("names", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]])
-def test_only_the_parameter_that_the_model_refuses_is_left_out(serve, names):
-    server = serve(*map(refusal, names))
-    assert server.endpoint(parallel=1).complete(CHATS[:3]) == TEXTS[:3]
-    assert len(server.requests) == len(names) + 3, "it is refused once for all chats"
-    for i, request in enumerate(server.requests):
-        assert {"temperature", "max_tokens"} - set(request) == set(names[:i])
-        assert request["messages"] == CHATS[max(0, i - len(names))]
-    assert server.endpoint().complete([CHATS[0]]) == ["question 0"] and server.requests[-1]["max_tokens"] == 512
-
-
-def test_a_refused_parameter_stays_left_out(serve):
-    server = serve(refusal("max_tokens"))
-    endpoint = server.endpoint()
-    assert [endpoint.complete([chat]) for chat in CHATS[:2]] == [[text] for text in TEXTS[:2]]
-    assert ["max_tokens" in request for request in server.requests] == [True, False, False]
-
-
-def test_a_parameter_named_by_plain_text_and_one_that_is_refused_for_good(serve):
-    server = serve((400, {}, b"this model has no temperature"))
-    assert server.endpoint().complete([CHATS[0]]) == ["question 0"]
-    assert "temperature" not in server.requests[1] and server.requests[1]["max_tokens"] == 512
-    server = serve(rule=(400, {}, b"no temperature, please"))
-    with pytest.raises(UsageError, match="HTTP 400 no temperature, please"):
-        server.endpoint().complete([CHATS[0]])
-    assert len(server.requests) == 2
 
 
 # --- failures ---

@@ -258,7 +258,9 @@ def test_from_the_shell_too(tmp_path, command, words):
     assert len(done.stderr.splitlines()) == 1 and words in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("reply, code", [("label: correct", 0), ((401, {}, b"the key sk-secret is not welcome"), 2)])
+@pytest.mark.parametrize("reply, code", [
+    ("label: correct", 0), ((401, {}, b"the key sk-secret is not welcome"), 2), ("I cannot say.", 2),
+    ((200, {}, b'{"error": {"message": "the key sk-secret has expired"}}'), 2)])
 def test_the_key_of_a_judge_is_written_nowhere(around, tmp_path, serve, monkeypatch, capfd, reply, code):
     server = serve(rule=reply)
     for name, value in {"URL": server.url, "MODEL": "m", "API_KEY": "sk-secret"}.items():

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import completion_of
 from test_evaluate import adapter, in_an_empty_folder, rag, read, run, without_seconds  # noqa: F401, a fixture
 
 import evaluate
 from data import UsageError
 from policy import Policy
+from support import judge as judge_module
 from support import report
 
 TWO = ("--system", "rag", "oracle", "--limit", "14", "--at-once", "4", "--out")
@@ -143,16 +145,15 @@ def test_foreign_files_are_refused():
 
 class Judge:
     """A judge that compares exactly, or fails."""
-    model = "judge"
 
-    def __init__(self, is_available):
-        self.is_available = is_available
+    def __init__(self, is_available, model="judge"):
+        self.is_available, self.model = is_available, model
 
     def __call__(self, triples):
         if not self.is_available:
             raise UsageError("no reply from http://judge")
         self.reasons = [f"{prediction} or {gold}" for _, prediction, gold in triples]
-        return [float(prediction == gold) for _, prediction, gold in triples]
+        return [float((prediction == gold) != (self.model == "strange")) for _, prediction, gold in triples]
 
 
 def test_a_judge_that_fails_loses_its_column_only(monkeypatch, capsys):
@@ -160,29 +161,69 @@ def test_a_judge_that_fails_loses_its_column_only(monkeypatch, capsys):
     with pytest.raises(UsageError, match="http://judge"):
         rag("--judge", "endpoint")
     found, lines = read("x.json")
-    assert len(lines) == 4 and found["rows"][0]["overall"]["judge"] is None and "judge" not in lines[0]
+    assert len(lines) == 4 and found["rows"][0]["overall"]["judge"] is None and "judge judge" not in lines[0]
     assert re.search(r"(?m)^rag ", capsys.readouterr().out)
     monkeypatch.setattr(evaluate, "make_judge", lambda *_, **options: Judge(is_available=True))
     monkeypatch.setattr(Policy, "sample", None)
     found, lines = rag("--judge", "endpoint")
-    assert found["rows"][0]["overall"]["judge"] == np.mean([line["judge"] for line in lines])
-    assert {line["judge_model"] for line in lines} == {"judge"}
-    assert [line["judge"] for line in lines] == [float(line["prediction"] == line["gold"]) for line in lines]
-    assert [line["judge_reason"] for line in lines] == [f"{line['prediction']} or {line['gold']}" for line in lines]
+    assert found["rows"][0]["overall"]["judge"] == np.mean([line["judge judge"] for line in lines])
+    assert [line["judge judge"] for line in lines] == [float(line["prediction"] == line["gold"]) for line in lines]
+    assert [line["reason of judge"] for line in lines] == [f"{line['prediction']} or {line['gold']}" for line in lines]
+
+
+def test_every_judge_has_a_column(monkeypatch, capsys):
+    def judged(model, is_available=True):
+        monkeypatch.setattr(evaluate, "make_judge", lambda *_, **options: Judge(is_available, model))
+        found, lines = rag("--judge", "endpoint")
+        return found["rows"][0]["overall"], [line.get("judge one") for line in lines]
+
+    one, verdicts = judged("one")
+    other, _ = judged("strange")
+    assert None not in verdicts and other["judge one"] == one["judge one"] == one["judge"]
+    assert other["judge strange"] == other["judge"] == 1 - one["judge"]
+    headers = re.findall(r"(?m)^system .*", capsys.readouterr().out)
+    assert [re.split("  +", header)[5:] for header in headers] == [["judge one"], ["judge one", "judge strange"]]
+    with pytest.raises(UsageError, match="http://judge"):
+        judged("one", is_available=False)
+    again, same = judged("one")
+    assert same == verdicts and again["judge"] == one["judge"] and again["judge strange"] == other["judge"]
+    found, _ = rag()
+    assert found["rows"][0]["overall"] == again, "verdicts stay without --judge"
+
+
+def test_a_local_judge_is_not_asked_twice(monkeypatch, fake):
+    judges = []
+
+    def make(_, policy, max_new_tokens, **options):
+        judges.append(fake(lambda chat: 'Yes. {"label": "CORRECT"}'))
+        judges[-1].name, judges[-1].max_new_tokens = "local", max_new_tokens
+        return judge_module.Judge(judges[-1], max_new_tokens)
+    monkeypatch.setattr(evaluate, "make_judge", make)
+    monkeypatch.setattr(evaluate, "weights_of", lambda *_: "w")
+    for tokens in (50, 50, 60):
+        found, _ = rag("--judge", "local", "--judge-tokens", tokens)
+        assert found["rows"][0]["overall"]["judge local"] == 1
+    assert [judge.max_new_tokens for judge in judges] == [50, 50, 60]
+    assert [len(judge.calls) for judge in judges] == [1, 0, 1]
 
 
 @pytest.fixture
-def start_server(serve, tmp_path, monkeypatch):
-    """start_server(calls) starts a hosted Manager that adds every fact, and refuses requests after so many calls."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
-    def start(calls):
+def start_server(serve, monkeypatch):
+    """
+    start_server(calls, home, is_cut) starts a hosted Manager that adds every fact, and refuses requests after so many
+    calls. `home`: where replies are cached. Operations on a text for which is_cut(text) are cut off.
+    """
+    def start(calls, home="home", is_cut=lambda text: False):
         replies = []
 
         def reply(messages):
-            replies.append(messages[1]["content"].split("- ")[-1].split("\n")[0])
-            content = json.dumps([{"event": "ADD", "text": replies[-1]}])
-            return content if len(replies) <= calls else (403, {}, b"no credit")
+            *_, text, wanted = messages[-1]["content"].splitlines()
+            replies.append(text.removeprefix("- "))
+            content = json.dumps(replies[-1:] if wanted == "facts:" else [{"event": "ADD", "text": replies[-1]}])
+            if len(replies) > calls:
+                return 403, {}, b"no credit"
+            return (200, {}, completion_of(content[:-5], "length")) if is_cut(text) else content
+        monkeypatch.setenv("HOME", str(Path(home).absolute()))
         server = serve(rule=reply)
         monkeypatch.setenv("MANAGER_URL", server.url)
         monkeypatch.setenv("MANAGER_MODEL", "big")
@@ -209,6 +250,24 @@ def test_a_hosted_manager_that_fails_loses_no_answer_and_no_reply(start_server):
     assert len(run(*flags)[1]) == 4 and len(server.requests) == 15
 
 
+@pytest.mark.parametrize("calls, total, flags", [
+    (15, 20, ()), (1, 20, ("--at-once", "1")), (15, 40, ("--extract",)), (33, 40, ("--extract",))])
+def test_a_hosted_manager_that_stops_is_asked_the_rest_only(start_server, calls, total, flags):
+    def is_cut(text):
+        return total == 20 and len(text) % 3 == 0
+
+    flags = ("--manager", "endpoint", "--limit", "2", *flags, "--out")
+    server = start_server(999, "another", is_cut)
+    whole = run(*flags, "whole.json")
+    assert len(server.requests) == total
+    with pytest.raises(UsageError, match="HTTP 403 no credit"):
+        start_server(calls, is_cut=is_cut) and run(*flags, "x.json")
+    server = start_server(999, is_cut=is_cut)
+    assert without_seconds([*run(*flags, "x.json")]) == without_seconds([*whole])
+    assert len(server.requests) == total - calls
+    assert ("invalid" in whole[0]["rows"][0]["ops"]) == (total == 20)
+
+
 def test_an_unnamed_server_is_reported_before_the_work(monkeypatch):
     for name in ("JUDGE_URL", "MANAGER_URL", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -217,3 +276,73 @@ def test_an_unnamed_server_is_reported_before_the_work(monkeypatch):
         rag("--judge", "endpoint")
     with pytest.raises(UsageError, match="MANAGER_URL"):
         run("--manager", "endpoint", "--limit", "1")
+
+
+# ------------------------------------------------------------------------------------------------ local Managers
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(n): after n batches of prompts, Ctrl-C. The list that it returns has the size of every batch."""
+    sample = Policy.sample
+
+    def start(limit):
+        sizes = []
+
+        def counted(self, prompts, *args, **options):
+            if len(sizes) == limit:
+                raise KeyboardInterrupt
+            sizes.append(len(prompts))
+            return sample(self, prompts, *args, **options)
+        monkeypatch.setattr(Policy, "sample", counted)
+        return sizes
+    return start
+
+
+@pytest.mark.parametrize("flags", [("--manager", "base"), ("--manager", "m", "base", "--no-extract")])
+def test_a_local_manager_that_stops_computes_the_rest_only(tmp_path, stop_after, monkeypatch, flags):
+    monkeypatch.setattr(evaluate, "RECORDED_AT_ONCE", 3)
+    monkeypatch.setattr(evaluate, "SHORT", {**evaluate.SHORT, "num_turns": 7})
+    adapter(tmp_path / "m")
+    flags = (*flags, "--limit", "2", "--max-new-tokens", "24", "--at-once", "1", "--out")
+    flags = flags if "--no-extract" in flags else ("--extract", *flags)
+    sizes = stop_after(None)
+    whole = run(*flags, "whole.json")
+    for i, limit in enumerate((1, len(sizes) - 4)):
+        first, out = stop_after(limit), f"{i}.json"
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, out)
+        rest = stop_after(None)
+        assert without_seconds([*run(*flags, out)]) == without_seconds([*whole])
+        assert first + rest == sizes, "no batch is computed twice"
+
+
+def test_times_of_replies_that_were_kept_count(stop_after):
+    sizes = stop_after(None)
+    flags = ("--manager", "base", "--limit", "2", "--max-new-tokens", "24", "--out")
+    found, _ = run(*flags, "x.json")
+    Path("x.predictions.jsonl").unlink()
+    before, sizes[:] = found["rows"][0], []
+    after = run(*flags, "x.json")[0]["rows"][0]
+    assert sum(sizes) == 2, "the answers only"
+    assert after["latency"]["manager"] == before["latency"]["manager"] and after["seconds"] > before["seconds"] / 2
+
+
+def test_replies_of_other_settings_or_weights_are_not_taken(tmp_path, stop_after):
+    """Nor is a file of something else, or a line that a kill cut short."""
+    def asked(*flags):
+        sizes = stop_after(None)
+        run("--manager", "m", "--limit", "1", "--out", "x.json", *flags)
+        Path("x.predictions.jsonl").unlink()
+        return sum(sizes) - 1
+
+    adapter(tmp_path / "m", 1)
+    Path("x.replies.jsonl").write_text('{"a": 1}\n[2]\n{"key": "x", "te')
+    assert asked() == 20 and asked() == 0
+    assert asked("--max-new-tokens", "24") == 20 and asked("--dtype", "bfloat16", "--device", "cpu") == 20
+    adapter(tmp_path / "m", 2)
+    assert asked() == 20
+    adapter(tmp_path / "m", 1)
+    assert asked() == 0
+    content = Path("x.replies.jsonl").read_bytes().splitlines(keepends=True)
+    Path("x.replies.jsonl").write_bytes(b"".join(content[:13]) + content[13][:-9])
+    assert 0 < asked() <= 20 and asked() == 0

@@ -69,6 +69,13 @@ def test_no_verdict_is_paid_for_twice(serve, cache):
     ("**Label:** CORRECT", "CORRECT"), ("**Label**: `wrong`", "WRONG"), ('{"label": "INCORRECT"}', "WRONG"),
     ('{"verdict": "CORRECT"}', "CORRECT"), ("So the label is CORRECT.", "CORRECT"), ("label = **WRONG**", "WRONG"),
     ("The label is: INCORRECT", "WRONG"), ("Label:\nCORRECT", "CORRECT"), ("The verdict is not CORRECT.", None),
+    ("**Verdict:** INCORRECT", "WRONG"), ("Label - CORRECT", "CORRECT"), ("Final label -> *correct*", "CORRECT"),
+    ("Therefore the label should be WRONG.", "WRONG"), ("<label>CORRECT</label>", "CORRECT"),
+    ("The verdict is therefore **CORRECT**", "CORRECT"), ("Judgment: incorrect", "WRONG"),
+    ('<think>{"label": "CORRECT"}, or not?</think>{"label": "WRONG"}', "WRONG"),
+    ('Hm. {"label": "CORRECT"}</think> Label: wrong', "WRONG"), ('<think>So {"label": "CORRECT"}', None),
+    ('Label: CORRECT</think>I cannot say.', None), ('<think>' + "x" * 30_000 + '{"label": "CORRECT"}', None),
+    ("The label is not WRONG", None), ("label: partially correct", None),
     ("CORRECT", None), ('{"label": "CORRECTED"}', None), ('{"label": "NOT CORRECT"}', None), ('{"label": ""}', None),
     ("I would label correct answers so.", None), ("", None), ("label" * 10**5, None), ("label: " * 10**5, None)])
 def test_verdict_of(reply, label):
@@ -97,7 +104,7 @@ def test_an_empty_prediction_is_wrong_unasked(serve, cache):
 
 # --- replies without a label ---
 
-@pytest.mark.parametrize("garbage", [(200, {}, b"<html>"), (200, {}, completion_of(None)), "I cannot say."])
+@pytest.mark.parametrize("garbage", [(200, {}, completion_of(GOOD, "length")), "", "I cannot say."])
 def test_an_unreadable_reply_scores_0_and_is_counted(serve, cache, garbage, caplog):
     server = serve(rule=lambda chat: garbage if "Which dog?" in chat[1]["content"] else by_gold(chat))
     judge = judge_of(server, cache)
@@ -105,8 +112,27 @@ def test_an_unreadable_reply_scores_0_and_is_counted(serve, cache, garbage, capl
     reply = "I cannot say." if garbage == "I cannot say." else ""
     assert judge.reasons == [reply] + [GOOD] * 40 and "1 of 41 replies" in caplog.text
     stored = [json.loads(line)["reply"] for line in cache.read_text().splitlines()]
-    assert sorted(stored) == sorted([GOOD] * 40 + [reply] * bool(reply)), "what is no completion is not stored"
+    assert sorted(stored) == sorted([GOOD] * 40 + [reply] * bool(reply)), "what is not complete is not stored"
     assert judge([FALSE, *MANY]) == [0] + [1] * 40 and judge.unreadable == 1 and len(server.requests) == 41
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": "out of memory"}}', b"<p>out of memory</p>"])
+def test_a_server_that_fails_with_status_200_is_an_error_not_a_zero(serve, cache, body):
+    server = serve(rule=lambda chat: (200, {}, body) if "Which dog?" in chat[1]["content"] else by_gold(chat))
+    judge = judge_of(server, cache)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="HTTP 200 .*out of memory"):
+            judge([*MANY, FALSE])
+    assert judge(MANY) == [1] * 40 and len(server.requests) < 60, "the good replies were kept"
+
+
+def test_the_reason_is_what_follows_the_reasoning(serve, cache):
+    server = serve(rule=lambda chat: f'<think>{{"label": "WRONG"}}?\n</think>\n{by_gold(chat)}')
+    judge = judge_of(server, cache)
+    assert judge([RIGHT, FALSE]) == [1, 0] and judge.reasons == [GOOD, BAD]
+    judge = judge_of(serve(rule="<think>Hm"), None)
+    with pytest.raises(UsageError, match="1 of 1 replies .*'<think>Hm': raise --judge-tokens"):
+        judge([RIGHT])
 
 
 def test_a_verdict_of_a_reply_that_was_cut_off_does_not_count(serve, cache):

@@ -85,8 +85,10 @@ def test_a_row_by_hand():
     assert row["latency"] == {"manager": pytest.approx({"p50": 0.3, "p95": 0.5}),
                               "search": pytest.approx({"p50": 0.001, "p95": 0.001}),
                               "answer": pytest.approx({"p50": 0.1, "p95": 0.1})}
-    marked = [{**one, "judge": 1.0} for one in lines]
-    assert report.summarize(marked, 0)["judge"] == 1.0 and report.summarize(marked[:3] + lines[3:], 0)["judge"] is None
+    marked = [{**one, "judge a": 0.0, "reason of a": "No.", "judge b": 1.0} for one in lines]
+    part = report.summarize(marked, 0)
+    assert (part["judge a"], part["judge b"], part["judge"], part["interval"]["judge"]) == (0, 1, 1, [1, 1])
+    assert report.summarize(marked[:3] + lines[3:], 0)["judge"] is None
 
 
 def test_the_numbers_of_the_paper_agree_with_their_overall():
@@ -139,8 +141,8 @@ def test_compare_by_hand(capsys):
 
 
 def test_compare_takes_the_questions_and_systems_of_both(capsys):
-    write_result("a.json", [0, 0, 1], judge=1.0)
-    write_result("b.json", [1, 0, 1, 1, 1], judge=0.0)
+    write_result("a.json", [0, 0, 1], **{"judge one": 1.0})
+    write_result("b.json", [1, 0, 1, 1, 1], **{"judge one": 0.0})
     evaluate.main(["--compare", "a.json", "b.json"])
     assert re.search(r"overall +3 .*-100.0 \[-100.0, -100.0\]", capsys.readouterr().out)
 
@@ -165,7 +167,8 @@ def test_compare_refuses(case, words):
 
 
 def test_verdicts_of_two_judges_are_not_compared(capsys):
-    write_result("a.json", [0, 1], judge=1.0, judge_model="one")
-    write_result("b.json", [1, 1], judge=0.0, judge_model="another")
+    write_result("a.json", [0, 1], **{"judge one": 1.0, "judge both": 1.0})
+    write_result("b.json", [1, 1], **{"judge another": 0.0, "judge both": 0.5})
     evaluate.main(["--compare", "a.json", "b.json"])
-    assert "judge" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.findall(r"judge (\w+)", shown) == ["both"] and re.search(r"overall +2 .*-50.0 \[-50.0, -50.0\]", shown)
