@@ -37,6 +37,7 @@ from support.text import (
     normalize_whitespace,
     sanitize_for_prompt,
 )
+from support.word_tokens import word_tokens
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,9 @@ def f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def tokens(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, close to nltk's word_tokenize on short answers. "It's 5." -> it 's 5 ."""
-    return re.findall(r"n't|'\w+|\w+(?=n't)|\w+(?:[-.,:/]\w+)*|[^\w\s]", str(text).lower())
-
-
-def bleu1(prediction: str, reference: str, tokenize=tokens) -> float:
+def bleu1(prediction: str, reference: str, tokenize=word_tokens) -> float:
     """BLEU-1 = min(1, e^(1 - r/c)) * matched / c (Papineni et al., 2002), for r reference and c predicted tokens."""
-    predicted, expected = tokenize(prediction), tokenize(reference)
+    predicted, expected = tokenize(str(prediction)), tokenize(str(reference))
     matched = (Counter(predicted) & Counter(expected)).total()  # clipped to the counts in the reference
     if not matched:
         return 0.0  # as in nltk's smoothing method 1

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import answer
 import evaluate
 from data import UsageError
 from evaluate import scores
@@ -33,11 +32,10 @@ def test_scores_by_hand(prediction, reference, category, expected):
 
 
 def test_scores_agree_with_the_public_scripts():
-    """EM is our own, f1_locomo depends on the category, and BLEU-1 is compared where our tokens equal nltk's."""
+    """EM is our own, and f1_locomo depends on the category."""
     if not ORACLE.is_file():
         pytest.skip(f"no {ORACLE}: the results of the public scripts are not part of the repository")
     rows = json.loads(ORACLE.read_text())["rows"]
-    same_words = 0
     for row in rows:
         prediction, reference, oracle = str(row["prediction"]), str(row["reference"]), row["oracle"]
         found = scores(row["prediction"], row["reference"])
@@ -47,10 +45,8 @@ def test_scores_agree_with_the_public_scripts():
         for category in range(1, 6):
             assert scores(prediction, reference, category)["f1_locomo"] == pytest.approx(
                 oracle[f"locomo_cat{category}"], abs=1e-9), (category, row)
-        if [*map(answer.tokens, (prediction, reference))] == [oracle["nltk_tokens_pred"], oracle["nltk_tokens_ref"]]:
-            same_words += 1
-            assert found["bleu1"] == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), row
-    assert same_words > 0.85 * len(rows) and len(rows) >= 58
+        assert found["bleu1"] == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), row
+    assert len(rows) >= 58
 
 
 def test_intervals_cover_a_known_mean_95_times_in_100():
