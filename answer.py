@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 
-from data import TINY, Turn, is_tiny
+from data import TINY, Turn, banks_of, is_tiny
 from manager import load_manager, print_safely, read_turn
 from memory import Memory, MemoryBank, make_embedder
 from support.cli import Parser, exit_cleanly
@@ -84,8 +84,8 @@ def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
 
 def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, named_only: bool = False,
              floor: float | None = None) -> list[tuple[Memory, float]]:
-    """The k most similar memories of each speaker (30 in the paper) with their similarity, best first. See Settings."""
-    searched = speakers_asked(question, speakers) if named_only else speakers
+    """The k most similar memories of each bank (30 in the paper) with their similarity, best first. See Settings."""
+    searched = banks_of(speakers_asked(question, speakers) if named_only else speakers)
     found = [pair for speaker in searched for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
     return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
 

@@ -2,7 +2,6 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 from conftest import Fake
@@ -32,7 +31,7 @@ from support.prompts import date_suffix
 
 HASH = make_embedder("hash")
 PAIR = ("Jon", "Gina")
-ORACLE = Path(__file__).parents[1] / "../shared/data/metric_oracle.json"
+ORACLE = real_file("metric_oracle.json")
 PUBLISHED = real_file("memory_r1_eval_scores.json")
 
 
@@ -284,8 +283,8 @@ def test_metrics_are_shares(one, other):
 
 @pytest.fixture(scope="module")
 def rows():
-    if not ORACLE.is_file():
-        pytest.skip(f"no {ORACLE}: Mem0's own numbers are not part of the repository")
+    if not ORACLE:
+        pytest.skip("Mem0's own numbers are not part of the repository")
     found = json.loads(ORACLE.read_text())["rows"]
     assert len(found) > 50
     return [(row["tag"], str(row["prediction"]), str(row["reference"]), row["oracle"]) for row in found]
