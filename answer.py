@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 
-from data import TINY, Turn, is_tiny
+from data import TINY, Turn, banks_of, is_tiny
 from manager import load_manager, print_safely, read_turn
 from memory import Memory, MemoryBank, make_embedder
 from support.cli import Parser, exit_cleanly
@@ -37,6 +37,7 @@ from support.text import (
     normalize_whitespace,
     sanitize_for_prompt,
 )
+from support.word_tokens import word_tokens
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
 
 def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, named_only: bool = False,
              floor: float | None = None) -> list[tuple[Memory, float]]:
-    """The k most similar memories of each speaker (30 in the paper) with their similarity, best first. See Settings."""
-    searched = speakers_asked(question, speakers) if named_only else speakers
+    """The k most similar memories of each bank (30 in the paper) with their similarity, best first. See Settings."""
+    searched = banks_of(speakers_asked(question, speakers) if named_only else speakers)
     found = [pair for speaker in searched for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
     return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
 
@@ -188,14 +189,9 @@ def f1(prediction: str, reference: str) -> float:
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def tokens(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, close to nltk's word_tokenize on short answers. "It's 5." -> it 's 5 ."""
-    return re.findall(r"n't|'\w+|\w+(?=n't)|\w+(?:[-.,:/]\w+)*|[^\w\s]", str(text).lower())
-
-
-def bleu1(prediction: str, reference: str, tokenize=tokens) -> float:
+def bleu1(prediction: str, reference: str, tokenize=word_tokens) -> float:
     """BLEU-1 = min(1, e^(1 - r/c)) * matched / c (Papineni et al., 2002), for r reference and c predicted tokens."""
-    predicted, expected = tokenize(prediction), tokenize(reference)
+    predicted, expected = tokenize(str(prediction)), tokenize(str(reference))
     matched = (Counter(predicted) & Counter(expected)).total()  # clipped to the counts in the reference
     if not matched:
         return 0.0  # as in nltk's smoothing method 1

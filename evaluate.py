@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import answer
 import manager
-from data import TINY, Dialogue, UsageError, is_tiny
+from data import TINY, Dialogue, UsageError, banks_of, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
@@ -41,6 +41,7 @@ from support.evaluation import (
     select_questions,
     weights_of,
 )
+from support.export import SUFFIXES, check_export, export_predictions
 from support.judge import gold_of, make_judge
 from support.run import append_rows, check_distill, to_json_safe
 
@@ -58,8 +59,13 @@ RERANK_FROM = 3  # the reranker chooses among three times as many memories as ar
 
 
 def scores(prediction, reference, category: int | None = None) -> dict[str, float]:
-    """{"em", "f1", "bleu1", "f1_locomo"}, the last only with nltk. `category`: LoCoMo's number, for f1_locomo."""
+    """
+    {"em", "f1", "bleu1", "f1_locomo"}, the last only with nltk. `category`: LoCoMo's number. An adversarial question
+    (category 5) has no reference: all metrics are 1 or 0, as in LoCoMo's own evaluation.
+    """
     pair = str(prediction), str(reference)
+    if category == 5:
+        return dict.fromkeys(("em", "f1", "bleu1", "f1_locomo"), report.locomo_f1(*pair, category))
     found = {"em": answer.exact_match(*pair), "f1": answer.f1(*pair), "bleu1": answer.bleu1(*pair)}
     return found | ({"f1_locomo": report.locomo_f1(*pair, category)} if report.porter_stemmer() else {})
 
@@ -120,7 +126,7 @@ def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
 def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
     """The lines of FILE.predictions.jsonl, still without answers."""
     return [{"system": system.system, "dialogue": dialogue.id, "question": question.id, "category": question.category,
-             "text": question.text, "gold": question.answer}
+             "text": question.text, "gold": question.answer, "preface": question.preface}
             for dialogue in dialogues for question in dialogue.questions]
 
 
@@ -199,7 +205,9 @@ class Evaluator:
             agent.read_facts(dialogues)
         start, recorded.seconds, recorded.saved = time.perf_counter(), [], 0.0
         if source in RAW:
-            builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder)) for dialogue in dialogues]
+            builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder),
+                                        sources={i: {turn.id} for i, turn in enumerate(dialogue.turns)})
+                      for dialogue in dialogues]
         elif source == "oracle":
             builds = manager.oracle_banks(dialogues, self.embedder)
         elif source == "add-all":
@@ -208,6 +216,7 @@ class Evaluator:
             progress = f"{agent_name(source)}: reading {len(dialogues)} dialogues"
             builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
         seconds = (time.perf_counter() - start + recorded.saved) / len(dialogues)
+        self.sources = {dialogue.id: build.sources for dialogue, build in zip(dialogues, builds, strict=True)}
         return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
             "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(recorded.seconds)})
@@ -220,10 +229,14 @@ class Evaluator:
         """
         if system.source == "full-context":
             return [*bank][::-1], (" and ".join(speakers),)
-        searched = answer.speakers_asked(question, speakers) if system.named_only else speakers
+        searched = banks_of(answer.speakers_asked(question, speakers) if system.named_only else speakers)
         k, wider = max(1, system.memories // 2), RERANK_FROM if self.reranker else 1
         ranked = [one for one, _ in answer.retrieve(bank, question, searched, k * wider, floor=self.args.floor)]
         return self.reranker.best(question, ranked, k * len(searched)) if self.reranker else ranked, speakers
+
+    def sources_of(self, dialogue: str, memories: Sequence[Memory]) -> list[str]:
+        """Ids of the turns that wrote some memories, in the order of the memories."""
+        return list(dict.fromkeys(id for one in memories for id in sorted(self.sources[dialogue].get(one.id, ()))))
 
     def answer_questions(self, system: System, lines: Sequence[dict], banks: dict[str, tuple]) -> None:
         """Answer in batches: complete the lines of `questions_to` and append them to the file."""
@@ -233,14 +246,15 @@ class Evaluator:
             times = [time.perf_counter()]
             ranked = [self.find_memories(system, line["text"], *banks[line["dialogue"]][:2]) for line in batch]
             times.append(time.perf_counter())
-            prompts = [answer.prompt_for(self.policy, memories, line["text"], speakers, settings)
-                       for line, (memories, speakers) in zip(batch, ranked, strict=True)]
+            prompts = [answer.prompt_for(self.policy, memories, f"{line['preface']} {line['text']}".strip(), speakers,
+                                         settings) for line, (memories, speakers) in zip(batch, ranked, strict=True)]
             answers = answer.generate_answers(policy, prompts, adapter, system.max_answer_tokens)
             search, reply = np.diff([*times, time.perf_counter()]) / len(batch)
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
                 line |= to_json_safe({
-                    "prediction": found.text, "output": found.output, "is_valid": found.is_valid,
+                    "prediction": found.text, "output": found.output,
+                    "context": self.sources_of(line["dialogue"], prompt.shown), "is_valid": found.is_valid,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
                     "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
                     "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
@@ -266,6 +280,8 @@ class Evaluator:
             report.write_results(self.args, self.lines)
             rows = [report.make_row(some, self.args.seed) for some in lines]
             print(report.format_report(f"{self.args.data}, split {self.args.split}", dialogues, rows, self.args.paper))
+        for some in lines if self.args.export else []:
+            print(f"for {self.args.export}: {export_predictions(self.args.export, self.args.out, dialogues, some)}")
 
 
 def parse_counts(text: str) -> list[int]:
@@ -314,6 +330,10 @@ class SystemFlags:
                               "each judge of the same --out has its own column")
     judge_tokens: int = flag(512, "length of a judge's reply", least=1)
     out: str | None = flag(None, "write results and predictions; continue if it was stopped", metavar="FILE.json")
+    adversarial: bool = flag(False, "LoCoMo: also category 5, right if an answer says that nothing is mentioned",
+                             action="store_true")
+    export: str | None = flag(None, "also write the predictions for another project's evaluation (support/export.py)",
+                              choices=tuple(SUFFIXES))
     paper: bool = flag(False, "print the paper's results on LoCoMo next to these", action="store_true")
     compare: str | None = flag(None, "only compare two results, or systems (A.json:SYSTEM)",
                                nargs=2, metavar=("A.json", "B.json"))
@@ -349,6 +369,8 @@ def main(argv=None) -> None:
         return print(report.compare(*args.compare, args.seed))
     policy = Policy.load(args.model, args.device, args.dtype)
     tables = plan_tables(policy, args)
+    for dialogues, _ in tables if args.export else []:
+        check_export(args.export, args.out, args.data, dialogues)
     evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
     for table in tables:
         evaluator.run_missing(*table)

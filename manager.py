@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from data import TINY, Dialogue, Operation, Turn, UsageError, is_tiny
+from data import TINY, Dialogue, Operation, Turn, UsageError, banks_of, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support.cli import Parser, exit_cleanly
@@ -177,7 +177,7 @@ def make_case(bank: MemoryBank, turn: Turn, facts: Sequence[str], top_k: int) ->
     """The facts of a turn with the `top_k` memories of its speaker that are most related to any of them."""
     scores: dict[Memory, float] = {}
     for fact in facts:
-        for memory, score in bank.search_scored(fact, top_k, speaker=turn.speaker):
+        for memory, score in bank.search_scored(fact, top_k, speaker=banks_of([turn.speaker])[0]):
             scores[memory] = max(score, scores.get(memory, score))
     ranked = sorted(scores, key=lambda memory: (-scores[memory], memory.id))[:top_k]
     return Case(turn.speaker, turn.time, tuple(facts), tuple(ranked))

@@ -23,9 +23,9 @@ from functools import lru_cache
 
 import hnswlib
 import numpy as np
-from transformers import AutoModel, AutoTokenizer
 
 from data import UsageError
+from support.encoder import Encoder
 
 EXACT_UP_TO = 20_000  # entries of one speaker; exact search takes 0.1 ms for 1,000 entries, 1 ms for 10,000
 MAX_CHANGED = 1 / 8  # fraction of a speaker's entries that may change before a rebuild of the index (0.5 ms for 1,000)
@@ -80,39 +80,6 @@ def hashed_vectors(texts):
     return unit(np.sqrt(counts).astype(np.float32))
 
 
-class Encoder:
-    """A Hugging Face encoder (hub id or folder) with mean pooling: the mean of the last hidden states of a text."""
-
-    def __init__(self, name, device="cpu"):
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-            self.model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-            self.model = self.model.float().to(device).eval().requires_grad_(False)
-            positions = getattr(self.model.config, "max_position_embeddings", 256)
-            self.max_tokens = min(256, positions, self.tokenizer.model_max_length)
-            self.dim = self.encode(["a word"]).shape[1]
-        except Exception as error:  # a wrong folder or a missing network can raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UsageError(f"embedder {name!r} cannot be loaded as an encoder ({reason}); "
-                             "give an encoder's hub id or folder, 'hash' or 'hash+ENCODER'") from error
-
-    def encode(self, texts, batch_size=64):
-        """Embed texts. n > 0 texts -> (n, dim) of unit length"""
-        # JSON written by a language model may hold a lone surrogate, which the tokenizer cannot read: it becomes "?".
-        texts = [text.encode("utf-8", "replace").decode().strip() or "." for text in texts]
-        order = np.argsort([len(text) for text in texts], kind="stable")  # similar lengths need little padding
-        vectors = []
-        for start in range(0, len(texts), batch_size):
-            batch = [texts[i] for i in order[start:start + batch_size]]
-            tokens = self.tokenizer(batch, padding=True, truncation=True, max_length=self.max_tokens,
-                                    return_tensors="pt").to(self.model.device)
-            hidden = self.model(**tokens).last_hidden_state  # (batch, T, dim)
-            mask = tokens["attention_mask"][:, :, None]  # (batch, T, 1), 0 = padding
-            vectors.append(((hidden * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy())
-        return unit(np.concatenate(vectors))[np.argsort(order)]
-
-
 class Embedder:
     """
     Text -> [a * encoder ; b * hashed], two parts of unit length with a^2 + b^2 = 1 and b^2 = `hashed_share`: the inner
@@ -125,16 +92,18 @@ class Embedder:
         self.dim = encoder_dim + (HASHED_DIM if hashed_share else 0)
         self.hashed = slice(encoder_dim, self.dim)  # the dimensions whose document frequencies a bank counts
         self._encoder, self._a, self._b = encoder, (1 - hashed_share) ** 0.5, hashed_share ** 0.5
-        self._recent = {}  # text -> vector, oldest first
+        self._prompts = (encoder.text_prompt, encoder.query_prompt) if encoder else ("", "")
+        self._recent = {}  # (prompt, text) -> vector, oldest first
 
-    def embed(self, texts):
-        """Embed texts to store them. n texts -> (n, dim) float32"""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._recent]
+    def embed(self, texts, are_queries=False):
+        """Embed texts to store them, or queries. n texts -> (n, dim) float32"""
+        prompt = self._prompts[are_queries]
+        missing = [text for text in dict.fromkeys(texts) if (prompt, text) not in self._recent]
         if missing:
-            parts = [self._a * self._encoder.encode(missing)] if self._encoder else []
+            parts = [self._a * self._encoder.encode(missing, prompt)] if self._encoder else []
             parts += [self._b * hashed_vectors(missing)] if self._b else []
-            self._recent.update(zip(missing, np.concatenate(parts, axis=1), strict=True))
-        vectors = np.array([self._recent[text] for text in texts], dtype=np.float32).reshape(-1, self.dim)
+            self._recent.update(zip([(prompt, text) for text in missing], np.concatenate(parts, axis=1), strict=True))
+        vectors = np.array([self._recent[prompt, text] for text in texts], dtype=np.float32).reshape(-1, self.dim)
         while len(self._recent) > RECENT_TEXTS:
             del self._recent[next(iter(self._recent))]
         return vectors
@@ -146,7 +115,7 @@ class Embedder:
         The inner product of two tf-idf vectors has a factor idf[d] = log(1 + total / df[d]) from each side. Here only
         the query has a factor, idf^2, so stored vectors stay valid when document frequencies change.
         """
-        vector = self.embed([text])[0]
+        vector = self.embed([text], are_queries=True)[0]
         idf = np.log1p(total / np.maximum(df, 1))
         vector[self.hashed] = self._b * unit(vector[self.hashed] * idf ** 2)
         return vector

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from data import locomo, longmemeval, msc, synthetic, transcript
-from data.dialogue import TINY, Dialogue, Operation, Question, Turn, UsageError, is_tiny
+from data.dialogue import TINY, Dialogue, Operation, Question, Turn, UsageError, banks_of, is_tiny
 from data.files import read_entries
 
-__all__ = ["TINY", "Dialogue", "Operation", "Question", "Turn", "UsageError", "is_tiny", "load"]
+__all__ = ["TINY", "Dialogue", "Operation", "Question", "Turn", "UsageError", "banks_of", "is_tiny", "load"]
 
 BENCHMARKS = {"synthetic": synthetic.load, "locomo": locomo.load, "longmemeval": longmemeval.load,
               "longmemeval-s": partial(longmemeval.load, variant="s"), "msc": msc.load}
@@ -21,16 +21,21 @@ def load(name: str, split: str, **options) -> list[Dialogue]:
     first entry identify the format; a file that is not JSON is a transcript. `options` are passed to the loader.
     UsageError if the data cannot be read.
     """
+    def run(loader, **found):
+        if options.get("adversarial") and loader is not locomo.load:
+            raise UsageError(f"--data {name} has no adversarial questions: only LoCoMo has")
+        return loader(split, **found, **options)
+
     if name in BENCHMARKS:
-        return BENCHMARKS[name](split, **options)
+        return run(BENCHMARKS[name])
     if not Path(name).is_file():
         raise UsageError(f"--data {name}: neither a benchmark ({', '.join(BENCHMARKS)}) nor a file that exists")
     if transcript.is_plain_text(name):
-        return transcript.load(split, name, **options)
+        return run(transcript.load, path=name)
     entries = read_entries(name)
     keys = set(entries[0]) if isinstance(entries[0], dict) else locomo.KEYS
-    loader = max(locomo, longmemeval, msc, transcript, key=lambda module: len(module.KEYS & keys))
-    if not loader.KEYS & keys:
+    module = max(locomo, longmemeval, msc, transcript, key=lambda module: len(module.KEYS & keys))
+    if not module.KEYS & keys:
         raise UsageError(f'{name}: entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" of '
                          'LongMemEval, nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a transcript')
-    return loader.load(split, path=name, entries=entries, **options)
+    return run(module.load, path=name, entries=entries)

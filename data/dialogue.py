@@ -1,4 +1,5 @@
 """The classes that all loaders return: a dialogue of dated turns by two speakers, and the questions about it."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,11 @@ class UsageError(Exception):
 def is_tiny(model: str | Path) -> bool:
     """Return whether a hub id or folder is the tiny default model, which has its own default settings."""
     return Path(model).resolve() == TINY.resolve()
+
+
+def banks_of(speakers: Sequence[str]) -> tuple[str | None, ...]:
+    """The banks of some speakers: one each. The roles of a chat with an assistant share one, None (all memories)."""
+    return (None,) if {*speakers} <= {"user", "assistant"} else tuple(speakers)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Question:
     category: int  # the number that the benchmark gives it
     evidence: tuple[str, ...] = ()  # ids of the turns that contain the answer
     asked_after: str | None = None  # id of the turn after which it is asked; None: after the last turn
+    preface: str = ""  # precedes the question in a prompt, but retrieval does not search for it: "Current date: ..."
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Download of published files, and checked access to JSON: an error is one line that names file, entry and key."""
 import http.client
 import json
+import math
 import os
 import re
 import socket
@@ -89,8 +90,11 @@ def optional(node: dict, key: str, kind, where: str, default):
 
 
 def member_as_text(node, key: str, where: str) -> str:
-    """Return node[key], a text or a number, as text."""
-    return str(member(node, key, (str, int, float), where))
+    """Return node[key], a text or a finite number, as text."""
+    value = member(node, key, (str, int, float), where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f'{where}: "{key}" is {value}, not text or a finite number')
+    return str(value)
 
 
 def clean(text: str) -> str:

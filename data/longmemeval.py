@@ -8,10 +8,10 @@ LongMemEval (arXiv 2410.10813): 500 questions of a user, each with its own dated
 The benchmark is for evaluation only: `test` is the only split. The paper (arXiv 2508.19828) uses the oracle file with
 all questions. Those without an answer have ids that end in `_abs`; their answer says which information is missing. The
 answer of a preference question describes a good reply. The ids in the file reveal the evidence ("answer_..."), so no
-text contains them, and sessions and turns are numbered again. A question reads
+text contains them, and sessions and turns are numbered again. As in the authors' pipeline, sessions keep the order of
+the file, and both roles share one bank (`banks_of`). Theirs does not show the date of a question; here a prompt reads
     Current date: 2023/04/10 (Mon) 23:07. What was the first issue I had with my new car after its first service?
 """
-import re
 from pathlib import Path
 
 from data.dialogue import Dialogue, Question, Turn, UsageError
@@ -30,7 +30,6 @@ CATEGORIES = {  # LongMemEval only names its types; these numbers differ from Lo
     14: "multi-session", 15: "knowledge-update", 16: "temporal-reasoning",
 }
 NUMBERS = {name: number for number, name in CATEGORIES.items()}
-DATE = re.compile(r"([0-9]{4})/([0-9]{2})/([0-9]{2}) \(\w+\) ([0-9]{2}):([0-9]{2})")  # 2023/04/10 (Mon) 23:07
 
 
 def load(split: str = "test", path: str | Path | None = None, variant: str = "oracle",
@@ -51,14 +50,13 @@ def load(split: str = "test", path: str | Path | None = None, variant: str = "or
 
 def make_dialogue(entry, where):
     """
-    Return one entry of the file as a Dialogue with one question. Error messages begin with `where`. Sessions are sorted
-    by date; sessions after the date of the question are kept, as some contain evidence.
+    Return one entry of the file as a Dialogue with one question. Error messages begin with `where`. Sessions after the
+    date of the question are kept, as some contain evidence.
     """
     name = member(entry, "question_id", str, where)
     where = f"{where} ({name})"
     turns, evidence = [], []
-    sessions = sorted(read_sessions(entry, where), key=lambda session: session[0])
-    for number, (date, raws, inside) in enumerate(sessions, 1):
+    for number, (date, raws, inside) in enumerate(read_sessions(entry, where), 1):
         for i, raw in enumerate(raws):
             turn = make_turn(raw, f"D{number}:{i + 1}", number, date, f"{inside}, turn {i}")
             if turn.text:  # S has 12 turns without text
@@ -78,8 +76,6 @@ def read_sessions(entry, where):
     for i, pair in enumerate(zip(dates, sessions, strict=True)):
         inside, session = f"{where}: session {i}", dict(zip(("haystack_dates", "haystack_sessions"), pair, strict=True))
         date = member(session, "haystack_dates", str, inside)
-        if not DATE.fullmatch(date):  # dates of this form sort alphabetically
-            raise UsageError(f'{inside}: "haystack_dates" has "{date}", not a date like "2023/04/10 (Mon) 23:07"')
         found.append((date, member(session, "haystack_sessions", list, inside), inside))
     return found
 
@@ -93,9 +89,10 @@ def make_turn(raw, name, session, date, where):
 
 
 def make_question(entry, name, evidence, where):
-    """Return the question, preceded by its date: "last month" or "ago" depend on it."""
+    """Return the question with its date: "last month" or "ago" depend on it."""
     kind = member(entry, "question_type", str, where)
     if kind not in NUMBERS:
         raise UsageError(f'{where}: "question_type" is "{kind}", not one of {", ".join(NUMBERS)}')
-    text = f"Current date: {member(entry, 'question_date', str, where)}. {member(entry, 'question', str, where)}"
-    return Question(name, text, member_as_text(entry, "answer", where), NUMBERS[kind], evidence)
+    text, answer = member(entry, "question", str, where), member_as_text(entry, "answer", where)
+    preface = f"Current date: {member(entry, 'question_date', str, where)}."
+    return Question(name, text, answer, NUMBERS[kind], evidence, preface=preface)

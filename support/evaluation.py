@@ -48,13 +48,16 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
     """Dialogues with only the selected final questions, at most `limit` in all; and a checksum of all turns."""
     is_synthetic = args.data == "synthetic"
     options = {"count": preset["count"], "num_turns": preset["num_turns"], "seed": args.seed} if is_synthetic else {}
+    if args.adversarial:
+        options["adversarial"] = True
     dialogues = data.load(args.data, args.split, **options)
     final = [(dialogue, question) for dialogue in dialogues for question in dialogue.final_questions()]
     known = sorted({question.category for _, question in final})
     if not final:
         raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
-    if args.paper and (is_synthetic or known[-1] > 5 or args.split != "test"):
-        raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo, and no other --split")
+    if args.paper and (is_synthetic or known[-1] > 4 or args.split != "test"):
+        raise UsageError("--paper has the numbers of LoCoMo's test split without category 5: add --data locomo, and "
+                         "neither another --split nor --adversarial")
     for number in {*(args.category or [])} - {*known}:
         raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
     chosen = [pair for pair in final if pair[1].category in (args.category or known)]

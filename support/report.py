@@ -116,12 +116,26 @@ def summarize_by_category(lines: Sequence[dict], seed: int) -> dict[int, dict]:
             for number, group in groups.items() if group}
 
 
+def longmemeval_parts(lines: Sequence[dict], by_category: dict, seed: int) -> dict[str, dict]:
+    """LongMemEval also reports the mean over its types, and the questions that cannot be answered (ids in _abs)."""
+    if not by_category.keys() <= longmemeval.CATEGORIES.keys():
+        return {}
+    parts = by_category.values()
+    means = {metric: fmean(part[metric] for part in parts) for metric in METRICS
+             if all(part.get(metric) is not None for part in parts)}
+    unanswerable = [line for line in lines if line["question"].endswith("_abs")]
+    return {"task_averaged": {"n": len(lines), "judge": None, **means},
+            **({"abstention": summarize(unanswerable, seed)} if unanswerable else {})}
+
+
 def make_row(lines: Sequence[dict], seed: int) -> dict:
     """The row of one system in FILE.json; its settings come first."""
+    by_category = summarize_by_category(lines, seed)
     banks = list({line["dialogue"]: line["bank"] for line in lines}.values())
     num_labeled = sum(bank["num_labeled"] for bank in banks)
     return {**lines[0]["settings"],
-            "overall": summarize(lines, seed), "by_category": summarize_by_category(lines, seed),
+            "overall": summarize(lines, seed), "by_category": by_category,
+            **longmemeval_parts(lines, by_category, seed),
             "bank_size": fmean(bank["size"] for bank in banks),
             "ops": dict(sum((Counter(bank["ops"]) for bank in banks), Counter())),
             "agreement": sum(bank["num_matching"] for bank in banks) / num_labeled if num_labeled else None,
@@ -147,8 +161,10 @@ def format_score(part: dict, metric: str, with_interval: bool = True, form: str 
     """'50.4 [45.6, 55.1]' in percent; '-' if it was not measured."""
     if part.get(metric) is None:
         return "-"
+    if not with_interval:
+        return f"{100 * part[metric]:{form}}"
     low, high = (f"{100 * end:{form}}" for end in part["interval"][metric])
-    return f"{100 * part[metric]:{form}}" + (f" [{low}, {high}]" if with_interval else "")
+    return f"{100 * part[metric]:{form}} [{low}, {high}]"
 
 
 def format_rate(rate: float | None) -> str:
@@ -168,14 +184,16 @@ def format_latency(latency: dict[str, float]) -> str:
 
 def category_table(rows: Sequence[dict]) -> str:
     """F1/BLEU-1, and the judge's score if there is one, by category and overall, in the layout of the paper."""
-    overall = rows[0]["overall"]
+    overall, totals = rows[0]["overall"], [key for key in ("overall", "task_averaged", "abstention") if key in rows[0]]
     metrics = [metric for metric in ("f1", "bleu1", "judge") if overall[metric] is not None]
     heads = [("/".join(METRICS.get(metric, metric) for metric in metrics), "  the paper's", "  questions"),
              *((f"{number} {part['names'][0]}", part["names"][1], str(part["n"]))
-               for number, part in rows[0]["by_category"].items()), ("overall", "Overall", str(overall["n"]))]
+               for number, part in rows[0]["by_category"].items()),
+             *((key.replace("_", "-"), "Overall" if key == "overall" else "", str(rows[0][key]["n"]))
+               for key in totals)]
     return format_table([*zip(*heads, strict=True), *(
         [row["system"], *("/".join(format_score(part, metric, False) for metric in metrics)
-                          for part in (*row["by_category"].values(), row["overall"]))] for row in rows)])
+                          for part in (*row["by_category"].values(), *(row[key] for key in totals)))] for row in rows)])
 
 
 def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dict], with_paper: bool) -> str:

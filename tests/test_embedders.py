@@ -1,10 +1,17 @@
 """The embedders: features and idf by hand, retrieval in tiny banks, encoders against transformers."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
 import memory
 from data import UsageError
 from memory import MemoryBank, make_embedder, word_features
+from support.encoder import Encoder
 
 
 def test_idf_by_hand():
@@ -54,21 +61,34 @@ def test_the_memory_that_answers_comes_first_in_a_tiny_bank(line):
         assert all(0 <= score <= 1 for _, score in found)
 
 
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "red", "sleeps", "here", "jon", ".", "query", ":"]
+
+
+def save_encoder(folder, is_causal=False, **files):
+    """Save a tiny random encoder: BERT with [CLS] and [SEP], or Qwen2 with padding on the left; and JSON files."""
+    size = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 64}
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]" if is_causal else "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                            padding_side="left" if is_causal else "right").save_pretrained(folder)
+    torch.manual_seed(0)
+    model = (Qwen2Model(Qwen2Config(**size, num_key_value_heads=1)) if is_causal
+             else BertModel(BertConfig(**size, max_position_embeddings=16)))
+    model.save_pretrained(folder)
+    for name, content in files.items():
+        path = folder / {"pooling": "1_Pooling/config.json", "prompts": "config_sentence_transformers.json",
+                         "modules": "modules.json"}[name]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-    folder = str(tmp_path_factory.mktemp("encoder"))
-    words = ["[PAD]", "[UNK]", "a", "dog", "cat", "red", "sleeps", "here", "jon", "."]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=64, max_position_embeddings=16)).save_pretrained(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 TEXTS = ["a dog", "jon", "a red cat sleeps here with a dog", "red red red", "", "a dog " * 40, "cat . dog"]
@@ -81,11 +101,74 @@ def test_encoder_is_the_mean_over_real_tokens_alone(encoder_folder):
     assert together.dtype == np.float32 and together.shape == (7, embedder.dim) == (7, 32)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    encoder = memory.Encoder(encoder_folder)
+    encoder = Encoder(encoder_folder)
     tokens = encoder.tokenizer("a red cat sleeps here with a dog", return_tensors="pt")
     mean = encoder.model(**tokens).last_hidden_state[0].numpy().mean(axis=0)
     np.testing.assert_allclose(together[2], mean / np.linalg.norm(mean), atol=1e-5)
     np.testing.assert_allclose(encoder.encode(TEXTS, batch_size=2), together, atol=1e-5)
+
+
+def flags(**modes):
+    return {"word_embedding_dimension": 32, **{f"pooling_mode_{name}": value for name, value in modes.items()}}
+
+
+def states_of(folder, text):
+    """The last hidden states (T, 32) of one text: no padding, tokens by hand."""
+    words = text.split() + ["[SEP]"]
+    words = words if "qwen2" in (Path(folder) / "config.json").read_text() else ["[CLS]", *words]
+    ids = torch.tensor([[WORDS.index(word) for word in words]])
+    return AutoModel.from_pretrained(folder).eval()(ids).last_hidden_state[0].detach().numpy()
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bert", "causal"])
+@pytest.mark.parametrize("pooling, by_hand", [
+    (None, lambda states: states.mean(axis=0)),
+    (flags(cls_token=False, mean_tokens=True, max_tokens=False), lambda states: states.mean(axis=0)),
+    (flags(cls_token=True, mean_tokens=False), lambda states: states[0]),
+    ({**flags(mean_tokens=False, lasttoken=True), "include_prompt": True}, lambda states: states[-1]),
+    (flags(max_tokens=True), lambda states: states.max(axis=0)),
+    (flags(mean_sqrt_len_tokens=True), lambda states: states.mean(axis=0)),
+    (flags(cls_token=True, mean_tokens=True), lambda states: np.concatenate([states[0], states.mean(axis=0)])),
+    ({"pooling_mode": "lasttoken"}, lambda states: states[-1]), ({"pooling_mode": "cls"}, lambda states: states[0])])
+def test_an_encoder_pools_as_its_files_say(tmp_path, is_causal, pooling, by_hand):
+    modules = [{"idx": i, "path": "", "type": f"sentence_transformers.models.{name}"}
+               for i, name in enumerate(["Transformer", "Pooling", "Normalize"])]
+    folder = save_encoder(tmp_path, is_causal, **({"pooling": pooling, "modules": modules} if pooling else {}))
+    texts = ["a dog", "jon", "a red cat sleeps here . a dog", "red red red"]
+    vectors = make_embedder(folder).embed(texts)  # one batch, so shorter texts have padding
+    for text, vector in zip(texts, vectors, strict=True):
+        expected = by_hand(states_of(folder, text))
+        np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("saved, query, text", [
+    ({"prompts": {"query": "query : ", "document": ""}}, "query : ", ""),
+    ({"prompts": {"query": "query : ", "passage": "here : "}, "default_prompt_name": None}, "query : ", "here : "),
+    ({"prompts": {"short": "red : ", "other": "cat "}, "default_prompt_name": "short"}, "red : ", "red : "),
+    ({"prompts": {"short": "red : "}}, "", ""), ({"prompts": None, "similarity_fn_name": "cosine"}, "", "")])
+def test_queries_and_texts_begin_with_their_prompts(tmp_path, saved, query, text):
+    folder = save_encoder(tmp_path, pooling=flags(cls_token=True), prompts=saved)
+    for name in (folder, f"hash+{folder}"):
+        bank = MemoryBank(make_embedder(name))
+        stored, asked = bank.embedder.embed(["a dog"])[0], bank.embedder.embed_query("a dog", bank._df, 0)
+        for vector, prompt in ((stored, text), (asked, query)):
+            first = states_of(folder, f"{prompt}a dog")[0]
+            expected = first / np.linalg.norm(first) * (1 if name == folder else (1 / 3) ** 0.5)
+            np.testing.assert_allclose(vector[:32], expected, atol=1e-5)
+        np.testing.assert_array_equal(bank.embedder.embed(["a dog"])[0], stored)  # not the cached query
+
+
+@pytest.mark.parametrize("files, reason", [
+    ({"pooling": flags(weightedmean_tokens=True)}, "it needs weightedmean, which is not supported"),
+    ({"pooling": {"pooling_mode": "attention"}}, "it needs attention, which is not supported"),
+    ({"pooling": {"pooling_mode_mean_tokens": True, "include_prompt": False}}, "leaves out the prompt"),
+    ({"modules": [{"type": "sentence_transformers.models.Transformer"},
+                  {"type": "sentence_transformers.models.Dense"}]}, "it needs Dense, which is not supported"),
+    ({"prompts": ["query: "]}, "cannot be loaded")])
+def test_files_that_ask_for_more_are_refused_in_one_line(tmp_path, files, reason):
+    with pytest.raises(UsageError, match=reason) as error:
+        make_embedder(save_encoder(tmp_path, **files))
+    assert "cannot be loaded as an encoder" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_hash_and_encoder_is_the_weighted_mean_of_both_scores(encoder_folder):

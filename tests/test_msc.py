@@ -1,4 +1,4 @@
-"""MSC's loader: it adds speakers and dates, malformed files give a one-line error; detection of a file's format."""
+"""MSC's loader: it adds speakers, malformed files give a one-line error; detection of a file's format."""
 import functools
 import json
 
@@ -34,21 +34,21 @@ def write(tmp_path):
     return writer
 
 
-def test_turns_alternate_and_are_dated_back_from_the_last_session(write):
+def test_turns_alternate_and_the_last_session_is_left_out(write):
     dialogue, = data.load(write(ENTRY), "test")
     assert (dialogue.id, dialogue.speakers) == ("valid_0", ("Speaker 1", "Speaker 2"))
     assert [(turn.id, turn.session, turn.speaker, turn.text, turn.time) for turn in dialogue.turns] == [
-        ("D1:1", 1, "Speaker 1", "Hi!", "11:00 pm on 25 June, 2021"),
-        ("D1:3", 1, "Speaker 1", "I could get into Taylor Swift.", "11:00 pm on 25 June, 2021"),
-        ("D2:1", 2, "Speaker 1", "Back", "11:00 am on 1 July, 2021"),
-        ("D3:1", 3, "Speaker 1", "Hello", "12:00 pm on 1 July, 2021"),
-        ("D3:2", 3, "Speaker 2", "Hey", "12:00 pm on 1 July, 2021"),
+        ("D1:1", 1, "Speaker 1", "Hi!", "5 days 13 hours ago"),
+        ("D1:3", 1, "Speaker 1", "I could get into Taylor Swift.", "5 days 13 hours ago"),
+        ("D2:1", 2, "Speaker 1", "Back", "1 hour ago"),
     ]
+    assert data.load(write(changed("dialog", remove=True)), "test") == [dialogue]
 
 
 def test_the_question_says_who_asks_whom(write):
     question, = data.load(write(ENTRY), "test")[0].questions
-    assert question == data.Question("valid_0:0", "Speaker 2 asks Speaker 1: Which artist was it?", "Taylor Swift!", 21)
+    assert question == data.Question("valid_0:0", "Which artist was it?", "Taylor Swift!", 21,
+                                     preface="Speaker 2 asks Speaker 1:")
     assert question.category in msc.CATEGORIES
 
 
@@ -59,7 +59,9 @@ def test_personas_and_ids_are_in_no_text(write):
 
 def test_msc_itself_has_no_questions(write):
     dialogues = data.load(write(changed("self_instruct", remove=True)), "test")
-    assert [len(dialogue.questions) for dialogue in dialogues] == [0] and len(dialogues[0].turns) == 5
+    assert [len(dialogue.questions) for dialogue in dialogues] == [0]
+    assert [(turn.id, turn.speaker, turn.time) for turn in dialogues[0].turns[3:]] == [
+        ("D3:1", "Speaker 1", "today"), ("D3:2", "Speaker 2", "today")]
     first = changed("previous_dialogs", value=[])
     del first["self_instruct"]
     assert [turn.id for turn in data.load(write(first), "test")[0].turns] == ["D1:1", "D1:2"]
@@ -99,18 +101,19 @@ def test_the_cache_and_offline(tmp_path, monkeypatch):
     (changed("previous_dialogs", 1, value=3), "entry 1 (valid_0): session 2 is not an object"),
     (changed("previous_dialogs", 1, "dialog", value=3), 'entry 1 (valid_0): session 2: "dialog" is not a list'),
     (changed("previous_dialogs", 1, "time_back", remove=True), 'entry 1 (valid_0): session 2 has no key "time_back"'),
-    (changed("previous_dialogs", 1, "time_back", value="99999 days ago"),
-     'entry 1 (valid_0): session 2: "time_back" is "99999 days ago", not a time like "5 days 1 hour ago"'),
-    (changed("dialog", remove=True), 'entry 1 (valid_0): session 3 has no key "dialog"'),
-    (changed("dialog", 1, value="Hey"), "entry 1 (valid_0): session 3, turn 1 is not an object"),
-    (changed("dialog", 1, "text", remove=True), 'entry 1 (valid_0): session 3, turn 1 has no key "text"'),
-    (changed("dialog", 1, "id", value="bot_1"),
-     'entry 1 (valid_0): session 3, turn 1: "id" is "bot_1", neither "Speaker 1" nor "Speaker 2"'),
+    (changed("previous_dialogs", 1, "time_back", value=5), 'entry 1 (valid_0): session 2: "time_back" is not text'),
+    (changed("self_instruct", value=None) | {"dialog": 1}, 'entry 1 (valid_0): session 3: "dialog" is not a list'),
+    (changed("previous_dialogs", 0, "dialog", 1, value="Hey"), "entry 1 (valid_0): session 1, turn 1 is not an object"),
+    (changed("previous_dialogs", 0, "dialog", 1, "text", remove=True),
+     'entry 1 (valid_0): session 1, turn 1 has no key "text"'),
+    (changed("previous_dialogs", 0, "dialog", 1, "id", value="bot_1"),
+     'entry 1 (valid_0): session 1, turn 1: "id" is "bot_1", neither "Speaker 1" nor "Speaker 2"'),
     (changed("self_instruct", value=[]), 'entry 1 (valid_0): "self_instruct" is not an object'),
     (changed("self_instruct", "B", value=""), 'entry 1 (valid_0): "self_instruct": "B" is empty'),
     (changed("self_instruct", "A", remove=True), 'entry 1 (valid_0): "self_instruct" has no key "A"'),
-    (changed("previous_dialogs", value=[]) | {"dialog": []},
-     'entry 1 (valid_0): "dialog" and "previous_dialogs" have no turn'),
+    (changed("self_instruct", "A", value=float("nan")),
+     'entry 1 (valid_0): "self_instruct": "A" is nan, not text or a finite number'),
+    (changed("previous_dialogs", value=[]), 'entry 1 (valid_0): "previous_dialogs" have no turn'),
     (3, "entry 1 is not an object"),
 ])
 def test_malformed_entries_are_named(write, entry, message):
@@ -180,17 +183,17 @@ def test_real_sessions_and_questions(write):
             **({"self_instruct": asked[name]} if name in asked else {})})
     dialogues = data.load(write(*entries), "test")
     known = [turn["speaker"] for raw in json.loads(real_file(SESSIONS).read_text())
-             for session in raw["sessions"][:3] for turn in session["turns"]]
+             for session in raw["sessions"][:2 if raw["initial_data_id"] in asked else 3] for turn in session["turns"]]
     assert [turn.speaker for dialogue in dialogues for turn in dialogue.turns] == known  # alternation guesses right
     assert len(dialogues) == 500 and {turn.session for d in dialogues for turn in d.turns} == {1, 2, 3}
     questions = {question.id: question for dialogue in dialogues for question in dialogue.questions}
     assert {name: question.answer for name, question in questions.items()} == {
         "valid_1:0": "Taylor Swift!", "valid_2:0": "I eat a fresh and raw diet to save on groceries."}
-    assert dialogues[0].turns[0].time == "9:00 am on 25 June, 2021"  # 6 days 3 hours before
+    assert dialogues[0].turns[0].time == "6 days 3 hours ago"
 
 
 @pytest.mark.skipif(real_file("msc_self_instruct.jsonl") is None, reason="msc_self_instruct.jsonl is not here")
 def test_the_published_questions():
     dialogues = data.load(str(real_file("msc_self_instruct.jsonl")), "test")
     assert len(dialogues) == 500 and all(len(dialogue.questions) == 1 for dialogue in dialogues)
-    assert all({turn.session for turn in dialogue.turns} == {1, 2, 3, 4, 5} for dialogue in dialogues)
+    assert all({turn.session for turn in dialogue.turns} == {1, 2, 3, 4} for dialogue in dialogues)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutations import real_file
 
-import answer
 import evaluate
 from data import UsageError
 from evaluate import scores
 from support import report
 from support.report import bootstrap_interval
 
-ORACLE = Path(__file__).parents[2] / "shared/data/metric_oracle.json"
+ORACLE = real_file("metric_oracle.json")
 
 
 # ------------------------------------------------------------------------------------------------ statistics, tables
@@ -24,7 +24,8 @@ ORACLE = Path(__file__).parents[2] / "shared/data/metric_oracle.json"
     ("dogs", "dog", 4, (0, 0, 0, 1)), ("Buddy and Scout", "Scout and Buddy", 4, (0, 1, 1, 1)),
     ("pottery, camping", "pottery, camping, painting, swimming", 1, (0, 2 / 3, math.exp(-4 / 3), 1 / 2)),
     ("Yes", "Yes; she said so", 3, (0, 0, math.exp(-4), 1)), ("Yes", "Yes; she said", 4, (0, 0, math.exp(-3), 0.5)),
-    ("It is not mentioned.", "Not mentioned in the conversation", 5, (0, 4 / 9, 0.4, 1)),
+    ("It is not mentioned.", "Not mentioned in the conversation", 5, (1, 1, 1, 1)),
+    ("No information available on Oslo", "No", 5, (1, 1, 1, 1)), ("No", "No", 5, (0, 0, 0, 0)),
     ("", "", None, (0, 0, 0, 0)), (2022, "2022", None, (1, 1, 1, 1))])
 def test_scores_by_hand(prediction, reference, category, expected):
     found = scores(prediction, reference, category)
@@ -33,11 +34,10 @@ def test_scores_by_hand(prediction, reference, category, expected):
 
 
 def test_scores_agree_with_the_public_scripts():
-    """EM is our own, f1_locomo depends on the category, and BLEU-1 is compared where our tokens equal nltk's."""
-    if not ORACLE.is_file():
-        pytest.skip(f"no {ORACLE}: the results of the public scripts are not part of the repository")
+    """EM is our own, and f1_locomo depends on the category."""
+    if not ORACLE:
+        pytest.skip("the results of the public scripts are not part of the repository")
     rows = json.loads(ORACLE.read_text())["rows"]
-    same_words = 0
     for row in rows:
         prediction, reference, oracle = str(row["prediction"]), str(row["reference"]), row["oracle"]
         found = scores(row["prediction"], row["reference"])
@@ -47,10 +47,8 @@ def test_scores_agree_with_the_public_scripts():
         for category in range(1, 6):
             assert scores(prediction, reference, category)["f1_locomo"] == pytest.approx(
                 oracle[f"locomo_cat{category}"], abs=1e-9), (category, row)
-        if [*map(answer.tokens, (prediction, reference))] == [oracle["nltk_tokens_pred"], oracle["nltk_tokens_ref"]]:
-            same_words += 1
-            assert found["bleu1"] == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), row
-    assert same_words > 0.85 * len(rows) and len(rows) >= 58
+        assert found["bleu1"] == pytest.approx(oracle["mem0_bleu1"], abs=1e-9), row
+    assert len(rows) >= 58
 
 
 def test_intervals_cover_a_known_mean_95_times_in_100():
