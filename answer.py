@@ -13,6 +13,7 @@ ones (memory distillation) and answers, all in one completion.
 Difference from the paper: a completion gives the numbers of the selected memories; the paper's repeats the memories.
 This file also defines the metrics EM, F1 and BLEU-1; support/judge.py asks a language model instead.
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import math
 import os
 import re

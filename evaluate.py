@@ -15,6 +15,7 @@ banks are built to FILE.replies.jsonl, so the same command continues a stopped e
 (arXiv 2508.19828): `rag` retrieves as many raw turns as other systems retrieve memories; the RAG baseline in the
 authors' code shows one chunk of 500 tokens.
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import time
 from collections import defaultdict

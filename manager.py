@@ -13,6 +13,7 @@ Differences from the paper:
 2. UPDATE and DELETE change one entry, as in the paper's prompt. Its pseudo-code removes all retrieved memories.
 As in the authors' code, an operation that cannot be applied is skipped and counted; the others are applied.
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

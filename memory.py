@@ -13,6 +13,7 @@ with one update and one search (tests/benchmarks/bank.py).
 
 Shapes: n texts become vectors (n, dim) of unit length. A score is an inner product in [-1, 1], with `hash` in [0, 1].
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import json
 import os

@@ -15,6 +15,7 @@ One episode is one question about a dialogue, answered from its finished bank:
 3. sample G outputs                                                                     Policy.sample
 4. reward each output by the score of its answer, whatever it selected                  AnswerTask.rewards
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -19,6 +19,7 @@ One episode is one turn of a dialogue:
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
 `--bank` and `--teacher` choose.
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import math
 import random
