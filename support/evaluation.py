@@ -56,8 +56,8 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
     if not final:
         raise UsageError(f"--data {args.data} --split {args.split}: there is no question; take another split or file")
     if args.paper and (is_synthetic or known[-1] > 4 or args.split != "test"):
-        raise UsageError("--paper has the numbers of LoCoMo's test split without category 5: add --data locomo, and "
-                         "neither another --split nor --adversarial")
+        raise UsageError("--paper has the numbers of LoCoMo's test split: add --data locomo, and no other --split, nor "
+                         "--adversarial")
     for number in {*(args.category or [])} - {*known}:
         raise UsageError(f"--category {number}: {args.data}, split {args.split}, has {', '.join(map(str, known))}")
     chosen = [pair for pair in final if pair[1].category in (args.category or known)]

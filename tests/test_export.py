@@ -148,7 +148,7 @@ def test_the_speakers_of_msc_are_named_but_not_searched_for(run):
     (QUESTIONS, ["--adversarial"], "--data data.json has no adversarial questions: only LoCoMo has"),
     ([MSC], ["--adversarial"], "--data data.json has no adversarial questions"),
     (CONVERSATIONS, ["--adversarial", "--data", "synthetic"], "--data synthetic has no adversarial questions"),
-    (CONVERSATIONS, ["--adversarial", "--paper"], "neither another --split nor --adversarial"),
+    (CONVERSATIONS, ["--adversarial", "--paper"], "no other --split, nor --adversarial"),
     (CONVERSATIONS, ["--data", "synthetic", "--export", "locomo"], "synthetic has other questions")])
 def test_what_does_not_fit_is_refused_before_any_answer(run, entries, flags, words):
     with pytest.raises(UsageError, match=re.escape(words)):
