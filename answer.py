@@ -29,7 +29,14 @@ from memory import Memory, MemoryBank, make_embedder
 from support.cli import Parser, exit_cleanly
 from support.prompts import fit_prompt, generate, memory_lines
 from support.run import check_distill
-from support.text import MAX_ANSWER_CHARS, MAX_OUTPUT_CHARS, after_reasoning, chat_messages, normalize_whitespace, sanitize_for_prompt
+from support.text import (
+    MAX_ANSWER_CHARS,
+    MAX_OUTPUT_CHARS,
+    after_reasoning,
+    chat_messages,
+    normalize_whitespace,
+    sanitize_for_prompt,
+)
 
 
 @dataclass(frozen=True)
@@ -122,25 +129,24 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
 
 def parse(completion: str) -> Answer:
     """
-    'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" the whole
-    text is the answer, as in the authors' code. Invalid: no answer, or nothing but reasoning. Never raises.
+    'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" all of
+    the text is the answer, as in the authors' code. Invalid: no answer, or reasoning that does not end. Never raises.
     """
     text = re.sub(r"[*`]", "", after_reasoning(completion[:MAX_OUTPUT_CHARS]))
-    marker = re.search(r"(?im)^[ \t]*(?:(?:the |final )?answer(?: is)?[ \t]*:|<answer>)\s*(\S.*)$", text)
-    selected: list[str] = []
-    rest = []
+    marker = re.search(r"(?i)(?:\banswer(?: is)?[ \t]*:|<answer>)\s*(.*)", text)  # the first, as in the authors' code
+    selected, rest = [], []  # numbers, as text; lines that select nothing
     for line in (text[:marker.start()] if marker else text).splitlines():
         listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line)
         verdict = marker and re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
         if listed:  # ignore parentheses with letters: "2 (8 May 2023), (5)" selects 2 and 5
             undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
             selected += re.findall(r"\d{1,4}", undated)
-        elif verdict and verdict[2].strip().lower().rstrip(".") != "none":
-            selected.append(verdict[1])
         elif not verdict:
             rest.append(line)
+        elif verdict[2].strip().lower().rstrip(".") != "none":
+            selected.append(verdict[1])
     found = marker[1].partition("</answer>")[0] if marker else " ".join(rest)
-    answer = normalize_whitespace(found[:MAX_ANSWER_CHARS]).strip("\"\u201c\u201d ")
+    answer = normalize_whitespace(found)[:MAX_ANSWER_CHARS].strip("\"\u201c\u201d ")
     return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 

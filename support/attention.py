@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+CHUNK = 128  # queries; their scores should stay in a CPU's cache
 MIN_PREFIX = 16  # tokens; a shorter common prefix is not worth its own forward pass
 
 
@@ -49,6 +50,26 @@ class SharedPrompts:
         return states.flatten(1, 2)[:, None]  # (N, 1, H, D)
 
 
+def chunked_attention(query, key, value, mask, scaling):
+    """
+    Causal attention in plain matrix products, CHUNK queries at a time: on a CPU in bfloat16 three times as fast as
+    PyTorch's own, with backward. query (B, H, S, D) are the last S of t tokens; key, value (B, K, t, D); mask
+    (B, 1, S, t) is True where a token may attend, None: to itself and all before it. Returns (B, S, H, D).
+    """
+    (S, _), (num_heads, t) = query.shape[2:], key.shape[1:3]
+    query, chunks = (query * scaling).unflatten(1, (num_heads, -1)), []  # (B, K, H / K, S, D)
+    mask = torch.ones(S, t, dtype=torch.bool, device=query.device).tril(t - S) if mask is None else mask[:, :, None]
+    for start in range(0, S, CHUNK):
+        stop = min(S, start + CHUNK)
+        seen = t - S + stop  # later keys are invisible to all queries of the chunk
+        some = query[:, :, :, start:stop]
+        scores = (some.flatten(2, 3) @ key[:, :, :seen].mT).view(*some.shape[:-1], seen)
+        scores = scores.masked_fill(~mask[..., start:stop, :seen], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).flatten(2, 3)
+        chunks.append((weights @ value[:, :, :seen]).view(some.shape).flatten(1, 2))
+    return torch.cat(chunks, dim=2).transpose(1, 2)
+
+
 def shared_attention(module, query, key, value, attention_mask, scaling=None, prompts=None, **kwargs):
     """
     While sampling, `prompts` holds the prompts' part of the cache. In packed rows the mask covers the last tokens only:
@@ -56,10 +77,13 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, pr
     """
     if prompts is not None:
         return prompts.attend(module, query, key, value, scaling), None
-    attend = partial(sdpa_attention_forward, module, scaling=scaling, **kwargs)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        attend = partial(chunked_attention, scaling=scaling)
+    else:
+        attend = lambda *states: sdpa_attention_forward(module, *states, scaling=scaling, **kwargs)[0]  # noqa: E731
     n = query.shape[2] - attention_mask.shape[2] if attention_mask is not None else 0
-    before = [attend(query[:, :, :n], key[:, :, :n], value[:, :, :n], None)[0]] if n else []
-    return torch.cat([*before, attend(query[:, :, n:], key, value, attention_mask)[0]], dim=1), None
+    before = [attend(query[:, :, :n], key[:, :, :n], value[:, :, :n], None)] if n else []
+    return torch.cat([*before, attend(query[:, :, n:], key, value, attention_mask)], dim=1), None
 
 
 AttentionInterface.register("shared", shared_attention)
@@ -124,5 +148,6 @@ class Decoder:
             self.visible = self.visible[rows]
 
     def _forward(self, ids, positions, attention):
-        return self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache,
-                          use_cache=True, logits_to_keep=1, **self.shared).logits[:, -1]
+        states = self.model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions,
+                                       past_key_values=self.cache, use_cache=True, **self.shared).last_hidden_state
+        return self.model.get_output_embeddings()(states[:, -1])  # (N, H): of (N, 1, H), a CPU would copy V x H per row

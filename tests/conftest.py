@@ -24,6 +24,7 @@ TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<
 
 class Fake:
     """A policy whose completions are rule(messages) and whose tokens are words. It records its calls."""
+    name = "fake"
 
     def __init__(self, rule=lambda messages: ""):
         self.rule, self.words, self.chats, self.role = rule, {}, {}, "nobody"

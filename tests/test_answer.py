@@ -1,5 +1,6 @@
 """The Answer Agent's retrieval, prompt and parser by hand and on random text; its metrics against Mem0's numbers."""
 import json
+import re
 import time
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from answer import (
     retrieve,
     speakers_asked,
 )
+from data import TINY
 from memory import Memory, MemoryBank, make_embedder
+from support.prompts import date_suffix
 
 HASH = make_embedder("hash")
 PAIR = ("Jon", "Gina")
@@ -42,9 +45,10 @@ def talk(num_each):
     return bank
 
 
-def messages(memories, speakers, question, distill=True):
-    """The chat messages of a prompt that shows all of these memories."""
+def messages(memories, speakers, question, distill=True, name="real"):
+    """The chat messages of a prompt that shows all of these memories, for the model `name`."""
     policy = Fake()
+    policy.name = name
     made = prompt_for(policy, memories, question, speakers, Settings(distill=distill, max_prompt_tokens=None))
     return policy.chats[tuple(made.prompt)]
 
@@ -54,17 +58,35 @@ def test_prompt_by_hand():
                 Memory(2, "Jon has a dog.", "Jon", "8 May 2023")]
     system, user = messages(memories, PAIR, "Which car\ndoes Jon drive?")
     assert system == {"role": "system", "content": answer.SYSTEM} and user == {"role": "user", "content": (
-        "question: Which car does Jon drive?\n"
-        "memories of Jon:\n"
+        "Memories of Jon:\n"
         "1 (8 May 2023) Jon has a dog.\n"
         "2 (3 June 2023) Jon drives a Kia car.\n"
-        "memories of Gina:\n"
+        "Memories of Gina:\n"
         "3 Gina sings.\n"
-        "question: Which car does Jon drive?\n"
-        "relevant memories, then the answer:")}
+        "\n"
+        "Each date above says when the words were spoken. Question: Which car does Jon drive?\n"
+        "Answer in at most six words.")}
     system, user = messages([], PAIR, "Why?", distill=False)
     assert system["content"] == answer.SYSTEM_PLAIN != answer.SYSTEM and "relevant:" not in system["content"]
+    assert user["content"].startswith("Memories: none\n\nEach date")
+
+
+def test_prompt_of_the_tiny_model_by_hand():
+    memories = [Memory(2, "Jon has a dog.", "Jon", "8 May 2023"), Memory(5, "Gina\nsings.", "Gina", "")]
+    _, user = messages(memories, PAIR, "Does Jon\nrun?", name=TINY)
+    assert user["content"] == ("question: Does Jon run?\nmemories of Jon:\n1 (8 May 2023) Jon has a dog.\n"
+                               "memories of Gina:\n2 Gina sings.\nquestion: Does Jon run?\n"
+                               "relevant memories, then the answer:")
+    _, user = messages([], PAIR, "Why?", distill=False, name=TINY)
     assert user["content"] == "question: Why?\nmemories:\nnone\nquestion: Why?\nthe answer alone:"
+
+
+@pytest.mark.parametrize("time, shown", [
+    ("1:56 pm on 8 May, 2023", " (8 May, 2023)"), ("10:04 AM on 19 June, 2023", " (19 June, 2023)"),
+    ("2023/05/20 (Sat) 02:21", " (2023/05/20 (Sat))"), ("2023-05-20 14:00", " (2023-05-20)"),
+    ("8 May 2023", " (8 May 2023)"), ("spring", " (spring)"), ("", "")])
+def test_times_are_shown_as_days(time, shown):
+    assert date_suffix(time) == shown
 
 
 def test_by_speaker_is_in_the_order_of_the_speakers_and_of_time():
@@ -113,7 +135,7 @@ def test_a_prompt_drops_the_lowest_ranked_and_shows_what_it_kept(fake):
         assert prompt.shown == [memory for own in by_speaker(kept, PAIR).values() for memory in own]
         assert policy.chats[tuple(prompt.prompt)] == messages(kept, PAIR, question)
         assert not limit or len(prompt.prompt) <= limit or not kept
-        assert f"question: {question}" in policy.chats[tuple(prompt.prompt)][1]["content"]
+        assert f"Question: {question}\n" in policy.chats[tuple(prompt.prompt)][1]["content"]
     lines = policy.chats[tuple(whole.prompt)][1]["content"].splitlines()
     for number, memory in enumerate(whole.shown, 1):  # the numbers of the prompt are places in `shown`
         assert f"{number} ({memory.time}) {memory.text}" in lines
@@ -137,7 +159,7 @@ def test_the_settings_reach_retrieval_and_prompt(fake):
 
 def test_answers_in_order_by_the_named_role(fake):
     words = ["red", "blue", "red"]
-    policy = fake(lambda messages: "relevant: 1\nanswer: " + messages[1]["content"].splitlines()[-2].split()[1])
+    policy = fake(lambda messages: "relevant: 1\nanswer: " + messages[1]["content"].splitlines()[-2].split()[-1])
     prompts = [build_prompt(policy, talk(2), word, PAIR, Settings(memories=4)) for word in words]
     assert generate_answers(policy, prompts, "answer", 33) == [Answer(word, (1,), True) for word in words]
     assert policy.calls == [("answer", 3, (1, 33, 0))] and policy.role == "nobody"
@@ -145,13 +167,13 @@ def test_answers_in_order_by_the_named_role(fake):
 
 
 def test_identical_prompts_are_answered_once(tiny):
-    policy, shapes, settings = tiny(), [], Settings(memories=4, max_prompt_tokens=None)
+    policy, rows, settings = tiny(), [], Settings(memories=4, max_prompt_tokens=None)
     prompts = [build_prompt(policy, MemoryBank(HASH), question, PAIR, settings)
                for question in ("Why?", "How?", "Why?", "Why?")]
-    forward = policy.model.forward
-    policy.model.forward = lambda **inputs: (shapes.append(tuple(inputs["input_ids"].shape)), forward(**inputs))[1]
+    forward = policy.model.base_model.forward
+    policy.model.base_model.forward = lambda **inputs: (rows.append(len(inputs["input_ids"])), forward(**inputs))[1]
     answers = generate_answers(policy, prompts, "agent", 3)
-    assert shapes[0][0] == 2 and all(rows <= 2 for rows, _ in shapes)
+    assert rows[:2] == [1, 2] and max(rows) == 2  # their common beginning, then what differs
     assert answers[0] == answers[2] == answers[3]
 
 
@@ -167,17 +189,21 @@ def test_identical_prompts_are_answered_once(tiny):
     ("  ANSWER :  7 May,  2023 \n", Answer("7 May, 2023", (), True)),
     ("Final answer: 5", Answer("5", (), True)),
     ("answer: x\r\n", Answer("x", (), True)),
-    ("answer: first\nNo, wait.\nrelevant: 3\nanswer: last", Answer("last", (3,), True)),
+    ("answer: first\nNo, wait.\nrelevant: 3\nanswer: last", Answer("first", (), True)),
     ("answer: x\n2 Kia\nrelevant: 9", Answer("x", (), True)),  # what comes after the answer selects nothing
     ("answer: a:b: c", Answer("a:b: c", (), True)),
     ("answer: " + "y" * 1200, Answer("y" * 1000, (), True)),
     ("answer: x" + " " * 20_000 + "\nanswer: too far off", Answer("x", (), True)),
     ("answer: café 北京 \ud800", Answer("café 北京 ?", (), True)),
-    ("answer:", Answer("", (), False)), ("answer:  * \n", Answer("", (), False)),
-    ("relevant: 1\nanswer:\nKia", Answer("", (1,), False)),
-    ("", Answer("", (), False)), ("Kia", Answer("", (), False)), ("relevant: 1, 2", Answer("", (), False)),
-    ("My answer is Kia", Answer("", (), False)), ("the answer: Kia", Answer("", (), False)),
-    ("answering: Kia", Answer("", (), False))])
+    ("answer:", Answer("", (), False)), ("answer:  * \n", Answer("", (), False)), ("``\n**", Answer("", (), False)),
+    ("", Answer("", (), False)), ("relevant: 1, 2", Answer("", (1, 2), False)),
+    ("relevant: 1\nanswer:\nKia", Answer("Kia", (1,), True)), ("The final answer is: Kia", Answer("Kia", (), True)),
+    ("<answer>Kia</answer> as said", Answer("Kia", (), True)), ("```\nanswer: `Kia`\n```", Answer("Kia", (), True)),
+    ("By dancing,\nand running.", Answer("By dancing, and running.", (), True)),  # no marker: all of it
+    ("relevant: 4\n\u201cKia\u201d", Answer("Kia", (4,), True)), ("1. Kia\n2. VW", Answer("1. Kia 2. VW", (), True)),
+    ("answering: Kia", Answer("answering: Kia", (), True)),
+    ("<think>answer: Ford</think>\nanswer: Kia", Answer("Kia", (), True)),
+    ("relevant: 3\nanswer: Ford?</think>Kia", Answer("Kia", (), True)), ("<think>answer: Ford", Answer("", (), False))])
 def test_parse(completion, expected):
     assert parse(completion) == expected
 
@@ -197,9 +223,8 @@ def test_any_text_gives_an_answer(completions):
     def run(completion):
         found = parse(completion)
         assert found.is_valid == bool(found.text) and len(found.text) <= 1000 and len(found.text.splitlines()) <= 1
-        assert "answer" in completion.lower() or not found.text
-        written = completion.replace("*", "").encode("utf-8", "replace").decode()
-        assert found.text in " ".join(written.split()), "not a word that is not there"
+        written = re.sub(r"[*`]", "", completion).encode("utf-8", "replace").decode()
+        assert all(word in written for word in found.text.split()), "not a word that is not there"
         assert len(set(found.selected)) == len(found.selected) and all(0 <= n <= 9999 for n in found.selected)
         seen.append(found)
 

@@ -57,15 +57,16 @@ def test_the_common_beginning_of_prompts_is_read_once(load, kind):
 
 def watch(policy):
     """Record (shape of the ids, positions) of every forward pass of `sample` from here on."""
-    seen, before = [], policy.model.forward
+    seen, before = [], policy.model.base_model.forward
 
     def forward(**inputs):
-        seen.append((tuple(inputs["input_ids"].shape), inputs["position_ids"].tolist()))
+        if "position_ids" in inputs:  # not for the common beginning of prompts
+            seen.append((tuple(inputs["input_ids"].shape), inputs["position_ids"].tolist()))
         if "prompts" in inputs:  # only prompts that are still continued
             assert sorted(set(inputs["prompts"].owners.tolist())) == list(range(len(inputs["prompts"].visible)))
             assert inputs["prompts"].cache.layers[0].keys.shape[0] == len(inputs["prompts"].visible)
         return before(**inputs)
-    policy.model.forward = forward
+    policy.model.base_model.forward = forward
     return seen
 
 

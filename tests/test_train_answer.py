@@ -98,13 +98,26 @@ def test_evidence_are_the_memories_written_from_the_questions_turns():
     assert hand_made().evidence() == {1, 3}
 
 
+def test_banks_of_turns_hold_every_turn_with_its_speaker(tmp_path):
+    turns = [{"speaker": "Ann", "text": "My dog is Rex."}, {"speaker": "Bob", "text": "Hi!"}]
+    asked = [{"question": "Which dog does Ann have?", "answer": "Rex", "evidence": [1]}]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([{"turns": turns, "questions": asked}]))
+    made = task(bank="turns", data=path, eval=0)
+    [item] = made.questions
+    assert [memory.speaker for memory in item.bank] == ["Ann", "Bob"]
+    assert [memory.text for memory in item.bank] == ["Ann: My dog is Rex.", "Bob: Hi!"]
+    episode = made.make_episode(item, 4)
+    assert [episode.shown[i - 1].text for i in episode.evidence()] == ["Ann: My dog is Rex."]
+
+
 def test_selection_counts_numbers_that_were_shown():
     episode = hand_made()
     answers = [answer.parse("relevant: 0, 1, 2, 9\nanswer: Rex"),
                answer.parse("1 Rex\n2 none\n3 Rex\n4 none\nanswer: Rex")]
     assert train_answer.output_metrics([episode, episode], answers) == {
         "shown": 4, "selected": 2.0, "evidence": 3 / 4, "invalid_rate": 0}
-    nothing = train_answer.output_metrics([episode], [answer.parse("nothing")])
+    nothing = train_answer.output_metrics([episode], [answer.parse("answer:")])
     assert nothing == {"shown": 4, "selected": 0, "evidence": None, "invalid_rate": 1}
 
 
@@ -114,7 +127,7 @@ def test_the_reward_depends_on_the_answer_alone(made):
     """1 for a right answer with any selection, 0 for a wrong answer with the right selection, 0 without an answer."""
     episodes = made.batch(1)
     groups = [[output(f"relevant: 99\nanswer: {episode.item.question.answer}"), output("relevant: 1\nanswer: so-so"),
-               output(episode.item.question.answer)] for episode in episodes]
+               output("relevant: 1")] for episode in episodes]
     rewards, extra, samples = made.rewards(episodes, groups)
     assert rewards.tolist() == [[1, 0, 0]] * len(episodes)
     assert extra["invalid_rate"] == pytest.approx(1 / 3)
