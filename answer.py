@@ -222,7 +222,7 @@ def main(argv=None) -> None:
     parser.add_argument("question", nargs="?", help="in quotes (none: a chat, which an empty line ends)")
     parser.add_argument("--answer", metavar="DIR", help="an Answer Agent's run or adapter (none: the base model)")
     parser.add_argument("--manager", metavar="DIR", help="chat: a Manager's run or adapter (none: the base model)")
-    parser.add_argument("--model", default=str(TINY), help="causal language model: hub id, folder or .gguf file (data/tiny)")
+    parser.add_argument("--model", default=str(TINY), help="hub id, folder or .gguf file of a causal model (data/tiny)")
     parser.add_argument("--name", default="Alex", help="chat: your name (Alex)")
     args = parser.parse_args(argv)
     embedder, exists = make_embedder("hash"), os.path.exists(args.bank)

@@ -348,7 +348,7 @@ def main(argv=None) -> None:
                     epilog="example: python manager.py talk.txt --adapter runs/manager-grpo --out bank.json")
     parser.add_argument("file", nargs="?", default="synthetic", help="see data/transcript.py (a synthetic dialogue)")
     parser.add_argument("--adapter", metavar="DIR", help="a Manager's run or adapter (none: the base model)")
-    parser.add_argument("--model", default=str(TINY), help="causal language model: hub id, folder or .gguf file (data/tiny)")
+    parser.add_argument("--model", default=str(TINY), help="hub id, folder or .gguf file of a causal model (data/tiny)")
     parser.add_argument("--out", metavar="BANK", help="save the bank to this file, for answer.py")
     args = parser.parse_args(argv)
     if args.out and Path(args.out).exists():
