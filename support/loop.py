@@ -125,7 +125,7 @@ class Loop:
         if step == 1 and "algo" in self.run.config:  # a toy has no flags to change
             left = timedelta(seconds=round((self.config.steps - 1) * metrics["seconds"]))
             tqdm.write(f"{self.config.steps - 1} more steps like this one take {left}")
-            for text in advice(metrics, self.config):
+            for text in advice(metrics, self.run.config):
                 warn_once(f"step 1: {text}")
 
     def finish_step(self) -> None:
@@ -225,18 +225,19 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "unfinished_rate": sum(not one.finished or reasons_on(one.text) for one in flat) / len(flat)}
 
 
-def advice(metrics: dict, config) -> list[str]:
+def advice(metrics: dict, settings: dict) -> list[str]:
     """What will probably keep a run from learning, and what to try, by the metrics of its first step."""
     found = []
     if (rate := metrics.get("unfinished_rate", 0)) > 0.5:
-        found.append(f"{rate:.0%} of the completions were cut off at --max-new-tokens {config.max_new_tokens}: raise "
-                     "it, or choose an instruct model")
+        found.append(f"{rate:.0%} of the completions were cut off at --max-new-tokens {settings['max_new_tokens']}: "
+                     "raise it, or choose an instruct model")
     if (rate := metrics.get("invalid_rate", 0)) > 0.5:
         found.append(f"{rate:.0%} of the outputs are invalid and score 0: see samples.jsonl, begin with --algo sft and "
                      "go on with --init-adapter, or choose a larger model")
     if metrics.get("zero_std_rate") == 1:
+        graded = "--reward composite, " if settings["reward"] == "em" else ""
         found.append(f"the rewards of every group are equal (mean {metrics['reward']:.2f}), so there is nothing to "
-                     "learn from: try --reward composite, a larger --group-size, or --algo sft and --init-adapter")
+                     f"learn from: try {graded}a larger --group-size, or --algo sft and then --init-adapter")
     return found
 
 

@@ -87,22 +87,24 @@ def test_update_metrics_leave_refused_updates_out_of_the_mean():
 FINE = {"unfinished_rate": 0.5, "invalid_rate": 0.5, "zero_std_rate": 0.99, "reward": 0.1}
 
 
+@pytest.mark.parametrize("reward", ["em", "f1"])
 @pytest.mark.parametrize("metrics, words", [
     ({}, []), (FINE, []), ({"loss": 2.0, "entropy": 1.0}, []),
     (FINE | {"unfinished_rate": 0.51}, [r"51% .* cut off at --max-new-tokens 7: raise it"]),
     (FINE | {"invalid_rate": 1.0}, [r"100% .* invalid .* --algo sft .* --init-adapter"]),
-    (FINE | {"zero_std_rate": 1.0}, [r"every group are equal \(mean 0.10\).* --reward composite.* --group-size"]),
+    (FINE | {"zero_std_rate": 1.0}, [r"every group are equal \(mean 0.10\).* --group-size"]),
     ({"unfinished_rate": 0.9, "invalid_rate": 0.8, "zero_std_rate": 1, "reward": 1.0}, ["90%", "80%", "mean 1.00"])])
-def test_advice_after_the_first_step(metrics, words):
-    found = advice(metrics, SimpleNamespace(max_new_tokens=7))
+def test_advice_after_the_first_step(metrics, words, reward):
+    found = advice(metrics, {"max_new_tokens": 7, "reward": reward})
     assert len(found) == len(words) and all(map(re.search, words, found)) and not any("\n" in text for text in found)
+    assert ("--reward composite" in " ".join(found)) == (reward == "em" and metrics.get("zero_std_rate") == 1)
 
 
-@pytest.mark.parametrize("settings, noted", [({"algo": "grpo"}, True), ({}, False)])
+@pytest.mark.parametrize("settings, noted", [({"algo": "grpo", "max_new_tokens": 9}, True), ({}, False)])
 def test_a_script_says_after_step_1_how_long_the_run_takes_and_what_looks_wrong(tmp_path, capsys, settings, noted):
     """Once, and not for a toy, which has no flags."""
     warn_once.cache_clear()
-    loop = Loop(None, None, Run(tmp_path, settings), "agent", SimpleNamespace(steps=31, max_new_tokens=9))
+    loop = Loop(None, None, Run(tmp_path, settings), "agent", SimpleNamespace(steps=31))
     loop.optimizer = two_groups()[2]
     for step in (1, 2):
         loop.start = time.time() - 90.2

@@ -233,8 +233,8 @@ def test_the_defaults_that_were_chosen_are_told_as_flags():
     assert cli.describe_presets(train_manager.arguments([])) == ""
     begin = ["--data", "locomo", "--model", "Qwen/X"]
     told = cli.describe_presets(train_manager.arguments([*begin, "--lr", "0.5", "--no-extract"]))
-    assert told == ("--top-k 10 --memories 60 --loss-mean completion --eval 1 --bank base --linked mean --no-named-only "
-                    "--max-prompt-tokens 4096 --max-new-tokens 512 --max-answer-tokens 256")
+    assert told == ("--top-k 10 --memories 60 --loss-mean completion --eval 1 --bank base --linked mean "
+                    "--no-named-only --max-prompt-tokens 4096 --max-new-tokens 512 --max-answer-tokens 256")
     again = train_manager.arguments([*begin, *told.split()])
     assert again == train_manager.arguments(begin), "they can be copied"
 
