@@ -7,17 +7,23 @@ from support.text import sanitize_for_prompt
 
 # What real models see as earlier turns of the chat, about made-up people. The tiny model has learned the format.
 OPERATIONS_SHOWN = [  # (case, operations)
+    ("memories of Nina:\n1 (2 May 2021) Nina works as a nurse.\n2 (2 May 2021) Nina has a cat named Tom.\n"
+     "new facts from Nina (9 July 2021):\n- Nina got a second cat, Kit.\noperations:",
+     '[{"event": "UPDATE", "id": 2, "text": "Nina has two cats, Tom and Kit."}]'),
+    ("memories of Nina:\n1 (2 May 2021) Nina lives in Leeds.\n2 (2 May 2021) Nina works as a nurse.\n"
+     "3 (2 May 2021) Nina has a cat named Tom.\nnew facts from Nina (9 July 2021):\n- Nina is a nurse.\noperations:",
+     '[{"event": "NOOP"}]'),
+    ("memories of Nina:\n1 (2 May 2021) Nina lives in Leeds.\n2 (9 July 2021) Nina wants to run a marathon.\n"
+     "new facts from Nina (1 October 2021):\n- Nina gave up on the marathon.\noperations:",
+     '[{"event": "DELETE", "id": 2}]'),
     ("memories of Nina:\nnone\nnew facts from Nina (2 May 2021):\n- Nina works as a nurse.\n"
      "- Nina has a cat named Tom.\noperations:",
      '[{"event": "ADD", "text": "Nina works as a nurse."}, {"event": "ADD", "text": "Nina has a cat named Tom."}]'),
-    ("memories of Nina:\n1 (2 May 2021) Nina lives in Leeds.\n2 (9 July 2021) Nina wants to run a marathon.\n"
-     "new facts from Nina (1 October 2021):\n- Nina gave up on the marathon.\n- Nina is happy to talk.\noperations:",
-     '[{"event": "DELETE", "id": 2}, {"event": "NOOP"}]'),
     ("memories of Nina:\n1 (2 May 2021) Nina works as a nurse.\n2 (2 May 2021) Nina has a cat named Tom.\n"
-     "new facts from Nina (9 July 2021):\n- Nina got a second cat, Kit.\n- Nina is a nurse.\n"
-     "- Nina wants to run a marathon.\noperations:",
-     '[{"event": "UPDATE", "id": 2, "text": "Nina has two cats, Tom and Kit."}, {"event": "NOOP"}, '
-     '{"event": "ADD", "text": "Nina wants to run a marathon."}]'),
+     "new facts from Nina (9 July 2021):\n- Nina wants to run a marathon.\n- Nina lives in Leeds.\n"
+     "- Nina plays chess.\noperations:",
+     '[{"event": "ADD", "text": "Nina wants to run a marathon."}, {"event": "ADD", "text": "Nina lives in Leeds."}, '
+     '{"event": "ADD", "text": "Nina plays chess."}]'),
 ]
 FACTS_SHOWN = [  # (turn, facts)
     ("turn of Tom (9 July 2021):\nWow, Nina, well done! I'd like to take piano lessons next month, since my sister Ada "
@@ -25,9 +31,9 @@ FACTS_SHOWN = [  # (turn, facts)
      '["Tom wants to take piano lessons next month, because his sister Ada says it helps her relax.", '
      '"Tom shared a photo of a red bicycle."]'),
     ("turn of Nina (2 May 2021):\nThanks, Tom! Last week I moved into a small flat in Leeds, because I found work as a "
-     "nurse there. My cat loves the view, it makes me so happy. How about you?\nfacts:",
+     "nurse there. My cat loves the view! How about you?\nfacts:",
      '["Nina moved into a small flat in Leeds last week.", "Nina found work as a nurse in Leeds.", '
-     '"Nina has a cat that loves the view.", "Nina is happy with the flat."]'),
+     '"Nina has a cat that loves the view."]'),
 ]
 
 

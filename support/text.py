@@ -21,11 +21,11 @@ TAG = r"(?i:(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analys
 REASONING_START = re.compile(rf"[<◁]{TAG}[>▷]|\[THINK\]|<\|(?i:start_thinking|begin_of_thought)\|>"
                              r"|<\|channel\|>(?:analysis|commentary)|\A\s*analysis(?=[A-Z])")
 REASONING_END = re.compile(rf"[<◁]/{TAG}[>▷]|\[/THINK\]|<\|(?i:end_thinking|end_of_thought)\|>"
-                           r"|<\|channel\|>final.*?<\|message\|>|assistantfinal")
+                           r"|<\|channel\|>final.{0,80}?<\|message\|>|assistantfinal")
 FLAT = re.compile(r"\[[^\[\]]*\]|\{[^{}]*\}")  # a list or object without another one of its kind inside
 BROKEN_OBJECT = re.compile(r"\{[^\[{]*(?:\}|\Z)")  # not the beginning of an object of objects
 # A string in a list, also one like 'Jon's dog'.
-QUOTED = re.compile(r"""(?<=[\[,:\s])(?:"(?:[^"\\]|\\.){1,2000}"|'(?:[^'\\]|\\.|'(?=\w)){1,2000}')"""
+QUOTED = re.compile(r"""(?<=[\[,:\s])(?:"(?:[^"\\]|\\.){1,1000}"|'(?:[^'\\]|\\.|'(?=\w)){1,1000}')"""
                     r"""(?=\s*(?:[,\]}"']|\Z))""")
 ITEM = re.compile(r"(?m)^[ \t]*(?:[-*•–]|\(?\d{1,2}[.):])[ \t]+(\S.*)$")  # of a numbered or dashed list
 KEYS = {  # names that models give to the parts of an operation; the first one is ours
@@ -148,8 +148,9 @@ def loose_strings(text: str) -> list[str | None]:
     opened = re.search(r"""\[\s*["']""", text)
     if not opened:
         return [unquoted(item) for item in ITEM.findall(text.replace("**", ""))]
-    text = text[opened.start():]
-    return [unquoted(one[0]) for one in QUOTED.finditer(text)] + [None] * bool(re.search(r"\w", QUOTED.sub("", text)))
+    strings = []
+    rest = QUOTED.sub(lambda match: strings.append(unquoted(match[0])) or "", text[opened.start():])
+    return strings + [None] * bool(re.search(r"\w", rest))
 
 
 def unquoted(text: str) -> str:

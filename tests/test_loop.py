@@ -60,8 +60,8 @@ def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
 
 # --- metrics ---
 
-def completion(length, logp, finished=True):
-    return Completion([5] * length, [logp] * length, finished, "")
+def completion(length, logp, finished=True, text=""):
+    return Completion([5] * length, [logp] * length, finished, text)
 
 
 def test_rollout_metrics_by_hand():
@@ -71,6 +71,12 @@ def test_rollout_metrics_by_hand():
         "reward": 0.5, "reward_std": math.sqrt(1 / 3) / 2, "zero_std_rate": 0.5, "completion_tokens": 2,
         "entropy": (4 * 1 + 12 * 2) / 16, "unfinished_rate": 0.5})  # tokens of long completions count as much
     assert rollout_metrics(rewards[:, :1], [group[:1] for group in groups])["reward_std"] == 0
+
+
+def test_reasoning_that_does_not_end_counts_as_unfinished():
+    texts = ["<think>a</think>Kia", "<think>a", "a</think>", "analysisHm.", "<think>a</think>[THINK]", "Kia", ""]
+    metrics = rollout_metrics(torch.zeros(1, 7), [[completion(1, -1.0, text=text) for text in texts]])
+    assert metrics["unfinished_rate"] == pytest.approx(3 / 7)
 
 
 def test_means_per_token():

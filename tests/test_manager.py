@@ -364,7 +364,7 @@ def test_what_is_lost_while_a_bank_is_built_is_counted(fake):
     replies = {"said 0": ('["Jon ran.", "Jon a', [{"event": "ADD", "text": "Jon ran."}]),
                "said 1": (json.dumps([long]), [{"event": "ADD", "text": long}, {"event": "DELETE", "id": 7}, "no"]),
                "said 2": ('["Jon sat.", 3]', [{"event": "MERGE"}]), "said 3": ("[]", [])}
-    said = dict(zip(["Jon ran.", long[:500], "Jon sat."], [operations for _, operations in replies.values()]))
+    said = {"Jon ran.": replies["said 0"][1], long[:500]: replies["said 1"][1], "Jon sat.": replies["said 2"][1]}
 
     def rule(messages):
         system, *_, last = [message["content"] for message in messages]
