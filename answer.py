@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 
 from data import TINY, Turn, is_tiny
@@ -59,6 +59,7 @@ class Answer:
     text: str  # "" if the completion is invalid
     selected: tuple[int, ...]  # numbers of memories in the prompt
     is_valid: bool
+    output: str = field(default="", compare=False)  # the completion
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def parse(completion: str) -> Answer:
             rest.append(line)
     found = marker[1].partition("</answer>")[0] if marker else " ".join(rest)
     answer = normalize_whitespace(found[:MAX_ANSWER_CHARS]).strip("\"\u201c\u201d ")
-    return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
+    return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer), completion)
 
 
 def generate_answers(policy, prompts: Sequence[AnswerPrompt], adapter: str | None, max_new_tokens: int) -> list[Answer]:

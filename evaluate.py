@@ -32,6 +32,7 @@ from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, seed_everything
 from support.endpoint import Endpoint
 from support.evaluation import Reranker, TimedPolicy, agent_name, batches, find_runs, select_questions
+from support.held_out import append_banks
 from support.judge import gold_of, make_judge
 from support.run import append_rows, check_distill, to_json_safe
 
@@ -193,6 +194,7 @@ class Evaluator:
             progress = f"{agent_name(source)}: reading {len(dialogues)} dialogues"
             builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
         seconds = (time.perf_counter() - start) / len(dialogues)
+        append_banks(args.out, source, dialogues, builds)
         return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
             "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(timed.seconds)})
@@ -225,8 +227,9 @@ class Evaluator:
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
                 line |= to_json_safe({
-                    "prediction": found.text, "is_valid": found.is_valid,
+                    "prediction": found.text, "is_valid": found.is_valid, "output": found.output,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
+                    "retrieved": [memory.id for memory in prompt.shown],
                     "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
                     "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
                     "settings": self.settings[system.system]})

@@ -237,12 +237,13 @@ class Manager:
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
-    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
-        """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
+    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int, str]]:
+        """For each case: (greedy edits, None if invalid; number of memories dropped; output). Without facts: NOOP."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
-        edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
-        return [next(edits) if case.facts else ([Edit("NOOP")], 0) for case in cases]
+        edits = iter([(parse(text, case), dropped, text)
+                      for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
+        return [next(edits) if case.facts else ([Edit("NOOP")], 0, "") for case in cases]
 
 
 @dataclass
@@ -255,6 +256,8 @@ class BankBuild:
     num_labeled: int = 0  # turns that have a reference operation
     dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
+    edits: list[list[Edit] | None] = field(default_factory=list)  # of each turn, None if its output was invalid
+    outputs: list[tuple[Case, str]] = field(default_factory=list)  # what a Manager read and wrote in each turn
 
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
@@ -277,6 +280,7 @@ def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable,
                          for edit in edits or []]
                 build.num_labeled += 1
                 build.num_matching += named == [turn.operation]
+            build.edits.append(edits)
             build.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
             for id in apply_edits(build.bank, edits or [], turn.speaker, turn.time):
                 build.sources.setdefault(id, set()).add(turn.id)
@@ -289,11 +293,12 @@ def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[Bank
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
         predicted = manager.predict_edits(cases)
-        for (build, _, _), case, (edits, dropped) in zip(batch, cases, predicted, strict=True):
+        for (build, _, _), case, (edits, dropped, output) in zip(batch, cases, predicted, strict=True):
             build.dropped += dropped
+            build.outputs.append((case, output))
             if case.facts:
                 build.decisions.append((case, edits))
-        return [edits for edits, _ in predicted]
+        return [edits for edits, _, _ in predicted]
 
     manager.read_facts(dialogues)
     return build_in_lockstep(dialogues, embedder, decide, progress)
@@ -355,7 +360,7 @@ def load_manager(model: str, adapter: str | None) -> Manager:
 def read_turn(manager: Manager, bank: MemoryBank, turn: Turn) -> None:
     """Let the Manager read a turn: print its edits and apply them to the bank."""
     case = make_case(bank, turn, manager.extract([turn])[0], manager.settings.top_k)
-    [(edits, _)] = manager.predict_edits([case])
+    [(edits, _, _)] = manager.predict_edits([case])
     if edits is None:
         return print("    ! the output cannot be carried out: nothing changes")
     for edit in edits:

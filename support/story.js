@@ -1,0 +1,94 @@
+"use strict";
+// Steps through the turns: shows the bank after a turn by replaying the edits in the table of turns.
+
+const rows = [...document.querySelectorAll("#talk tbody tr")];
+const banks = [...document.querySelectorAll(".bank")];
+const [back, slider, forward, where, when, now, talk] =
+  ["back", "slider", "forward", "where", "when", "now", "talk"].map(id => document.getElementById(id));
+const MARKS = {add: ["+", "added"], update: ["~", "rewritten"], delete: ["\u2212", "deleted"]};
+
+// {id, event, old, text, time} of each edit of bank b in turn i: steps[b][i]
+const steps = banks.map((_, b) => rows.map(row =>
+  [...row.querySelectorAll(".edits")[b].querySelectorAll("li[data-id]")].map(item => ({
+    id: item.dataset.id, event: item.className, old: textOf(item, "del"), text: textOf(item, "ins"),
+    time: textOf(row, "time")}))));
+
+function textOf(element, selector) {
+  const found = element.querySelector(selector);
+  return found ? found.textContent : "";
+}
+
+function make(name, attributes, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);  // strings become text, never HTML
+  return element;
+}
+
+// The memories of bank b after turn i, {id: edit that wrote it}. Edits of turn i itself have a mark.
+function bankAfter(b, i) {
+  const bank = new Map();
+  steps[b].slice(0, i + 1).flatMap((edits, turn) => edits.map(edit => ({...edit, mark: turn === i ? edit.event : ""})))
+    .filter(edit => edit.event !== "noop")
+    .forEach(edit => edit.event === "delete" && !edit.mark ? bank.delete(edit.id) : bank.set(edit.id, edit));
+  return bank;
+}
+
+function memoryItem(memory) {
+  const [sign, meaning] = MARKS[memory.mark] || ["", ""];
+  const texts = make("div", {});
+  if (memory.mark && memory.old) texts.append(make("del", {}, memory.old), " ");
+  if (memory.text) texts.append(make("span", {class: "memory"}, memory.text), " ", make("time", {}, memory.time));
+  return make("li", {"data-id": memory.id, class: memory.mark},
+    make("span", {class: "sign", role: "img", "aria-label": meaning}, sign), make("span", {class: "id"}, memory.id), texts);
+}
+
+function copyOf(element) {
+  return [...element.cloneNode(true).childNodes];
+}
+
+function show(i) {
+  const row = rows[i];
+  rows.forEach(other => other.removeAttribute("aria-current"));
+  row.setAttribute("aria-current", "step");
+  talk.scrollTop = row.offsetTop - (talk.clientHeight - row.offsetHeight) / 2;
+  slider.value = i + 1;
+  where.textContent = `turn ${i + 1} of ${rows.length}`;
+  when.textContent = `after turn ${i + 1}`;
+  slider.setAttribute("aria-valuetext", `${where.textContent}. ${row.querySelector(".said").textContent}`);
+  back.disabled = i === 0;
+  forward.disabled = i === rows.length - 1;
+  now.replaceChildren(...copyOf(row.querySelector(".said")));
+  banks.forEach((bank, b) => {
+    const memories = [...bankAfter(b, i).values()];
+    bank.querySelector(".now").replaceChildren(...copyOf(row.querySelectorAll(".edits")[b]));
+    bank.querySelector(".memories").replaceChildren(...memories.map(memoryItem));
+    bank.querySelector(".size").textContent = memories.filter(memory => memory.mark !== "delete").length;
+  });
+}
+
+const turn = () => slider.value - 1;
+const step = by => show(Math.max(0, Math.min(rows.length - 1, turn() + by)));
+const addresses = rows.map(row => `#${row.id}`);
+const showAddressed = () => show(Math.max(0, addresses.indexOf(location.hash)));
+
+if (rows.length) {
+  document.documentElement.className = "js";
+  rows.forEach(row => row.removeAttribute("id"));  // an address shows a turn, and does not scroll the page to its row
+  document.getElementById("steps").hidden = false;
+  slider.addEventListener("input", () => show(turn()));
+  back.addEventListener("click", () => step(-1));
+  forward.addEventListener("click", () => step(1));
+  document.addEventListener("keydown", event => {
+    const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!by || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.target === slider) return;
+    event.preventDefault();
+    step(by);
+  });
+  window.addEventListener("hashchange", showAddressed);
+  let before = 0;
+  window.addEventListener("beforeprint", () => { before = turn(); show(rows.length - 1); });
+  window.addEventListener("afterprint", () => show(before));
+  showAddressed();
+  if (turn()) window.scrollTo(0, 0);
+}
