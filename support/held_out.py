@@ -145,9 +145,9 @@ def is_reference(changes: Sequence[dict] | None, known: dict) -> bool:
         (known["event"], known["old_memory"], known["text"])]
 
 
-def memories_of(question: dict, bank: dict[int, dict]) -> list[tuple[int | None, str, bool]]:
+def memories_of(question: dict, bank: dict[int, dict]) -> list[tuple[int, str, bool]]:
     """(id, text, whether it was selected) of each retrieved memory. Predictions name the selected ones by text."""
     selected = question["selected"]
     found = [(id, bank[id]["text"]) for id in question.get("retrieved", ()) if id in bank]
     return ([(id, text, id in selected or text in selected) for id, text in found]
-            or [(None, text, True) for text in selected if isinstance(text, str)])
+            or [(i, text, True) for i, text in enumerate(selected) if isinstance(text, str)])

@@ -5,12 +5,11 @@ const rows = [...document.querySelectorAll("#talk tbody tr")];
 const banks = [...document.querySelectorAll(".bank")];
 const [back, slider, forward, where, when, now, talk] =
   ["back", "slider", "forward", "where", "when", "now", "talk"].map(id => document.getElementById(id));
-const MARKS = {add: ["+", "added"], update: ["~", "rewritten"], delete: ["\u2212", "deleted"]};
 
 // {id, event, old, text, time} of each edit of bank b in turn i: steps[b][i]
 const steps = banks.map((_, b) => rows.map(row =>
   [...row.querySelectorAll(".edits")[b].querySelectorAll("li[data-id]")].map(item => ({
-    id: item.dataset.id, event: item.className, old: textOf(item, "del"), text: textOf(item, "ins"),
+    id: Number(item.dataset.id), event: item.className, old: textOf(item, "del"), text: textOf(item, "ins"),
     time: textOf(row, "time")}))));
 
 function textOf(element, selector) {
@@ -29,18 +28,15 @@ function make(name, attributes, ...children) {
 function bankAfter(b, i) {
   const bank = new Map();
   steps[b].slice(0, i + 1).flatMap((edits, turn) => edits.map(edit => ({...edit, mark: turn === i ? edit.event : ""})))
-    .filter(edit => edit.event !== "noop")
     .forEach(edit => edit.event === "delete" && !edit.mark ? bank.delete(edit.id) : bank.set(edit.id, edit));
   return bank;
 }
 
 function memoryItem(memory) {
-  const [sign, meaning] = MARKS[memory.mark] || ["", ""];
-  const texts = make("div", {});
-  if (memory.mark && memory.old) texts.append(make("del", {}, memory.old), " ");
-  if (memory.text) texts.append(make("span", {class: "memory"}, memory.text), " ", make("time", {}, memory.time));
-  return make("li", {"data-id": memory.id, class: memory.mark},
-    make("span", {class: "sign", role: "img", "aria-label": meaning}, sign), make("span", {class: "id"}, memory.id), texts);
+  const item = make("li", {value: memory.id, class: memory.mark});
+  if (memory.mark && memory.old) item.append(make("del", {}, memory.old), " ");
+  if (memory.text) item.append(make("ins", {}, memory.text), " ", make("time", {}, memory.time));
+  return item;
 }
 
 function copyOf(element) {

@@ -24,10 +24,9 @@ from support.held_out import Pair
 from support.run import disk_errors, write_file
 
 MAX_BYTES = 1_000_000
-MAX_CHARS = (2_000, 500, 200, 80, 30)  # length of texts: the first that keeps the page below MAX_BYTES
+MAX_CHARS = (2_000, 500, 300, 200, 150, 100, 50, 20)  # length of texts: the first that keeps the page below MAX_BYTES
 MAX_RETRIEVED = 3_000  # a page with more retrieved memories quotes only the selected ones
-SIGNS = {"ADD": "+", "UPDATE": "~", "DELETE": "\u2212", "NOOP": "\u00b7", "invalid": "!"}
-LEGEND = {"ADD": "added", "UPDATE": "rewritten", "DELETE": "deleted", "invalid": "invalid output"}
+LEGEND = {"add": "added", "update": "rewritten", "delete": "deleted", "invalid": "invalid output"}  # signs: story.css
 
 
 def clean(value, limit: int):
@@ -61,33 +60,22 @@ def table(heads: Sequence[str], rows: Sequence[Element], **attributes) -> Elemen
                **attributes)
 
 
-def sign(event: str) -> Element:
-    return tag("span", SIGNS[event], class_="sign", aria_hidden="true")  # the event is named next to it
-
-
 # ------------------------------------------------------------------------------------------------ turns and banks
 
 def change_item(change: dict) -> Element:
-    """One edit: its sign and name, the old text struck out, the new text."""
-    item = tag("li", sign(change["event"]), tag("span", change["event"], class_="event"), " ",
-               class_=change["event"].lower())
-    if "id" in change:
-        item.set("data-id", str(change["id"]))
-    if change["old"]:
-        item.append(tag("del", change["old"]))
-    if change["old"] and change["text"]:
-        item.append(tag("span", " \u2192 ", class_="arrow"))
-    if change["text"]:
-        item.append(tag("ins", change["text"]))
-    return item
+    """One edit: its name, the id of its memory, the old text struck out, the new text."""
+    texts = [tag(name, text) for name, text in (("del", change["old"]), ("ins", change["text"])) if text]
+    if len(texts) == 2:
+        texts.insert(1, " \u2192 ")
+    target = {"data_id": change["id"]} if change.get("id") is not None else {}
+    return tag("li", tag("i", change["event"]), " ", *texts, class_=change["event"].lower(), **target)
 
 
 def edits_cell(source: str, changes: Sequence[dict] | None, turn: dict) -> Element:
     """The changes of a bank in a turn, or its output if this was invalid; whether they are the reference operation."""
     items = [change_item(one) for one in changes or ()]
     if changes is None:
-        items = [tag("li", sign("invalid"), tag("span", "invalid output", class_="event"),
-                     tag("pre", turn.get("output") or "(empty)"), class_="invalid")]
+        items = [tag("li", tag("i", "invalid output"), tag("pre", turn.get("output") or "(empty)"), class_="invalid")]
     cell = tag("td", tag("ul", *items), class_="edits", data_of=source)
     if turn["known"]:
         is_same = held_out.is_reference(changes, turn["known"])
@@ -103,17 +91,16 @@ def turn_row(number: int, turn: dict, cells: Sequence[Element]) -> Element:
         said.append(tag("ul", *(tag("li", fact) for fact in facts), class_="facts"))
     if known := turn["known"]:
         said.append(tag("ul", change_item({**known, "old": known["old_memory"]}), class_="known"))
-    link = tag("a", str(number), href=f"#turn-{number}", aria_label=f"turn {number}")
+    link = tag("a", str(number), href=f"#turn-{number}")
     return tag("tr", tag("th", link, scope="row"), said, *cells, id=f"turn-{number}")
 
 
 def bank_panel(source: str, bank: dict[int, dict]) -> Element:
     """The bank after the last turn. story.js replaces the list when it shows another turn."""
-    items = [tag("li", tag("span", class_="sign"), tag("span", str(id), class_="id"), tag(
-        "div", tag("span", memory["text"], class_="memory"), " ", tag("time", memory["time"])), data_id=id)
+    items = [tag("li", tag("ins", memory["text"]), " ", tag("time", memory["time"]), value=id)
              for id, memory in sorted(bank.items())]
     return tag("section", tag("h3", f"{source}: ", tag("span", str(len(bank)), class_="size"), " memories"),
-               tag("div", class_="now", aria_live="polite"), tag("ul", *items, class_="memories"), class_="bank")
+               tag("div", class_="now", aria_live="polite"), tag("ol", *items, class_="memories"), class_="bank")
 
 
 def view(turns: dict[str, list[dict]], replayed: dict[str, tuple]) -> Element:
@@ -123,7 +110,7 @@ def view(turns: dict[str, list[dict]], replayed: dict[str, tuple]) -> Element:
     rows = [turn_row(i, turn, cells) for i, (turn, cells) in
             enumerate(zip(next(iter(turns.values())), zip(*columns, strict=True), strict=True), 1)]
     panels = [bank_panel(source, bank) for source, (_, bank) in replayed.items()]
-    talk = tag("section", tag("h2", "Conversation"), tag("div", table(("", "said", *turns), rows), id="talk"))
+    talk = tag("section", tag("h2", "Conversation"), tag("div", table(("turn", "said", *turns), rows), id="talk"))
     shown = tag("section", tag("h2", "Memory bank ", tag("span", "after the last turn", id="when")),
                 tag("div", id="now", aria_live="polite"), tag("div", *panels, class_="panels"), id="banks")
     return tag("div", talk, shown, id="view")
@@ -146,11 +133,9 @@ def answer_cell(system: str, question: dict, bank: dict[int, dict], quotes_all: 
                          tag("span", verdict, class_="right" if is_right else "wrong")), data_of=system)
     if not question.get("is_valid", True):
         cell.append(tag("pre", question.get("output") or "(empty)"))
-    items = [tag("li", tag("span", "*" if chosen else "", class_="sign"),
-                 tag("span", "" if id is None else str(id), class_="id"), tag("span", text),
-                 class_="selected" if chosen else "unselected")
+    items = [tag("li", text, value=id, **{"class_": "selected"} if chosen else {})
              for id, text, chosen in found if quotes_all or chosen]
-    cell.append(tag("ul", *items, class_="retrieved"))
+    cell.append(tag("ol", *items, class_="retrieved"))
     if others := [str(id) for id, _, chosen in found if not chosen and not quotes_all]:
         numbers = " ".join(others) if len(found) < len(bank) else "all others"
         cell.append(tag("p", f"also retrieved: {numbers}", class_="others"))
@@ -192,8 +177,7 @@ def page_body(pair: Pair, dialogue: str, note: str) -> Element:
     banks = {source: bank for source, (_, bank) in replayed.items()}
     first = next(iter(records.values()))
     about = f"Conversation {dialogue}: {' and '.join(first['speakers'])}, {len(first['turns'])} turns. {note}"
-    legend = tag("ul", *(tag("li", sign(event), f" {word}", class_=event.lower()) for event, word in LEGEND.items()),
-                 id="legend", aria_label="signs")
+    legend = tag("ul", *(tag("li", word, class_=event) for event, word in LEGEND.items()), id="legend")
     parts = [controls(len(first["turns"])), view(turns, replayed)] if first["turns"] else []
     return tag("body", tag("header", tag("h1", pair.title), tag("p", about), summary(pair, dialogue, banks), legend),
                tag("main", *parts, question_section(records, banks)))

@@ -16,8 +16,9 @@ KEYS = {"right": "\ue014", "left": "\ue012", "home": "\ue011"}  # WebDriver's co
 class Browser:
     def __init__(self):
         self.driver = subprocess.Popen([PROGRAMS[1], "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
-        self.url, self.open_url = f"http://127.0.0.1:{port}/session", request.build_opener(request.ProxyHandler({})).open
+        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"fully on port (\d+)", line)))
+        self.url = f"http://127.0.0.1:{port}/session"
+        self.send = request.build_opener(request.ProxyHandler({})).open
         wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"}, "goog:chromeOptions": {
             "args": FLAGS.split(), "binary": shutil.which(PROGRAMS[0])}}
         self.url += "/" + self.call("", capabilities={"alwaysMatch": wanted})["sessionId"]
@@ -25,7 +26,7 @@ class Browser:
     def call(self, path, method="POST", **body):
         content = json.dumps(body).encode() if method == "POST" else None
         sent = request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
-        with self.open_url(sent, timeout=120) as reply:
+        with self.send(sent, timeout=120) as reply:
             return json.load(reply)["value"]
 
     def run(self, script, *args):
@@ -40,7 +41,8 @@ class Browser:
         self.call("/actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
 
     def show(self, url, width=1280, height=1000, scheme="light", scripts=True):
-        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
         self.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.devtools("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("/url", url="about:blank")
