@@ -165,7 +165,7 @@ def summary(pair: Pair, dialogue: str, banks: dict[str, dict]) -> Element:
         cells = (f"{sum(scores)} of {len(scores)}", str(len(banks[records[dialogue]["source"]])),
                  *(f"{held_out.mean_score(records.values(), metric):.3f}" for metric in ("em", "f1")))
         rows.append(tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells)))
-    return table(("", "right", "memories", "EM, all", "F1, all"), rows, id="summary")
+    return table(("", "right here", "memories", "EM", "F1"), rows, id="summary")
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -209,7 +209,7 @@ def make_page(pair: Pair, dialogue: str, note: str) -> bytes:
 
 
 def read_pair(path: str, names: Sequence[str], dialogue: str | None) -> tuple[Pair, str, str]:
-    """The two systems, the conversation to show, and a note on its choice."""
+    """The two systems, the conversation to show, and a note on it."""
     read = held_out.read_run if Path(path).is_dir() else held_out.read_evaluation
     pair = read(path, names)
     known = next(iter(pair.systems.values()))
