@@ -49,18 +49,23 @@ function show(i) {
   row.setAttribute("aria-current", "step");
   talk.scrollTop = row.offsetTop - (talk.clientHeight - row.offsetHeight) / 2;
   slider.value = i + 1;
-  where.textContent = `turn ${i + 1} of ${rows.length}`;
   when.textContent = `after turn ${i + 1}`;
-  slider.setAttribute("aria-valuetext", `${where.textContent}. ${row.querySelector(".said").textContent}`);
+  slider.setAttribute("aria-valuetext", `turn ${i + 1} of ${rows.length}`);
   back.disabled = i === 0;
   forward.disabled = i === rows.length - 1;
   now.replaceChildren(...copyOf(row.querySelector(".said")));
   banks.forEach((bank, b) => {
     const memories = [...bankAfter(b, i).values()];
     bank.querySelector(".now").replaceChildren(...copyOf(row.querySelectorAll(".edits")[b]));
-    bank.querySelector(".memories").replaceChildren(...memories.map(memoryItem));
     bank.querySelector(".size").textContent = memories.filter(memory => memory.mark !== "delete").length;
+    const list = bank.querySelector(".memories");
+    list.replaceChildren(...memories.map(memoryItem));
+    const marked = list.querySelector(".add, .update, .delete");
+    if (marked) list.scrollTop = marked.offsetTop - list.clientHeight / 3;
   });
+  const spoken = [now, ...banks.map(bank => bank.querySelector(".now"))].map((part, b) =>
+    `${b ? banks[b - 1].dataset.of : ""} ${part.innerText}`);  // for screen readers, which read an output that changes
+  where.replaceChildren(`turn ${i + 1} of ${rows.length}`, make("span", {class: "spoken"}, spoken.join(". ")));
 }
 
 const turn = () => slider.value - 1;
@@ -70,6 +75,7 @@ const showAddressed = () => show(Math.max(0, addresses.indexOf(location.hash)));
 
 if (rows.length) {
   document.documentElement.className = "js";
+  document.querySelectorAll("#talk, .memories").forEach(box => { box.tabIndex = 0; });  // they scroll
   rows.forEach(row => row.removeAttribute("id"));  // an address shows a turn, and does not scroll the page to its row
   document.getElementById("steps").hidden = false;
   slider.addEventListener("input", () => show(turn()));

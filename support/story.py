@@ -100,7 +100,7 @@ def bank_panel(source: str, bank: dict[int, dict]) -> Element:
     items = [tag("li", tag("ins", memory["text"]), " ", tag("time", memory["time"]), value=id)
              for id, memory in sorted(bank.items())]
     return tag("section", tag("h3", f"{source}: ", tag("span", str(len(bank)), class_="size"), " memories"),
-               tag("div", class_="now", aria_live="polite"), tag("ol", *items, class_="memories"), class_="bank")
+               tag("div", class_="now"), tag("ol", *items, class_="memories"), class_="bank", data_of=source)
 
 
 def view(turns: dict[str, list[dict]], replayed: dict[str, tuple]) -> Element:
@@ -112,7 +112,7 @@ def view(turns: dict[str, list[dict]], replayed: dict[str, tuple]) -> Element:
     panels = [bank_panel(source, bank) for source, (_, bank) in replayed.items()]
     talk = tag("section", tag("h2", "Conversation"), tag("div", table(("turn", "said", *turns), rows), id="talk"))
     shown = tag("section", tag("h2", "Memory bank ", tag("span", "after the last turn", id="when")),
-                tag("div", id="now", aria_live="polite"), tag("div", *panels, class_="panels"), id="banks")
+                tag("div", id="now"), tag("div", *panels, class_="panels"), id="banks")
     return tag("div", talk, shown, id="view")
 
 

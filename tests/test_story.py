@@ -306,7 +306,8 @@ def test_the_keyboard_steps_through_all_turns(made, browser):
     browser.show(made.page.as_uri())
     num_turns = len(made.dialogue.turns)
     for i in range(num_turns):
-        assert browser.run("return document.getElementById('where').textContent") == f"turn {i + 1} of {num_turns}"
+        said = browser.run("return document.getElementById('where').textContent")
+        assert said.startswith(f"turn {i + 1} of {num_turns}") and f"said {made.dialogue.turns[i].id}" in said
         assert browser.run(BANKS) == [stored(banks[i]) for banks in made.banks], i
         assert browser.run("return document.querySelectorAll('[aria-current]')[0].rowIndex") == i + 1
         marked = browser.run("return document.querySelectorAll('.memories :is(.add, .update, .delete)').length")
