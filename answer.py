@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import date
 
 from data import TINY, Turn, is_tiny
@@ -59,7 +59,7 @@ class Answer:
     text: str  # "" if the completion is invalid
     selected: tuple[int, ...]  # numbers of memories in the prompt
     is_valid: bool
-    output: str = field(default="", compare=False)  # the completion
+    output: str = ""  # the whole completion, from `generate_answers`
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,13 @@ def parse(completion: str) -> Answer:
             rest.append(line)
     found = marker[1].partition("</answer>")[0] if marker else " ".join(rest)
     answer = normalize_whitespace(found[:MAX_ANSWER_CHARS]).strip("\"\u201c\u201d ")
-    return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer), completion)
+    return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 
 def generate_answers(policy, prompts: Sequence[AnswerPrompt], adapter: str | None, max_new_tokens: int) -> list[Answer]:
     """Greedy answers to a batch of prompts. `Policy.sample` computes identical prompts once."""
-    return [parse(text) for text in generate(policy, adapter, [one.prompt for one in prompts], max_new_tokens)]
+    outputs = generate(policy, adapter, [one.prompt for one in prompts], max_new_tokens)
+    return [replace(parse(text), output=text) for text in outputs]
 
 
 def normalize(text: str) -> str:

@@ -227,7 +227,7 @@ class Evaluator:
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
                 line |= to_json_safe({
-                    "prediction": found.text, "is_valid": found.is_valid, "output": found.output,
+                    "prediction": found.text, "output": found.output, "is_valid": found.is_valid,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
                     "retrieved": [memory.id for memory in prompt.shown],
                     "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
