@@ -237,8 +237,12 @@ class Manager:
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
-    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int, str]]:
-        """For each case: (greedy edits, None if invalid; number of memories dropped; output). Without facts: NOOP."""
+    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int]]:
+        """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
+        return [(edits, dropped) for edits, dropped, _ in self.predict(cases)]
+
+    def predict(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int, str]]:
+        """`predict_edits` with the completions, "" for a case without facts."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
         edits = iter([(parse(text, case), dropped, text)
@@ -292,7 +296,7 @@ def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[Bank
     def decide(batch):
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
-        predicted = manager.predict_edits(cases)
+        predicted = manager.predict(cases)
         for (build, _, _), case, (edits, dropped, output) in zip(batch, cases, predicted, strict=True):
             build.dropped += dropped
             build.outputs.append((case, output))
@@ -360,7 +364,7 @@ def load_manager(model: str, adapter: str | None) -> Manager:
 def read_turn(manager: Manager, bank: MemoryBank, turn: Turn) -> None:
     """Let the Manager read a turn: print its edits and apply them to the bank."""
     case = make_case(bank, turn, manager.extract([turn])[0], manager.settings.top_k)
-    [(edits, _, _)] = manager.predict_edits([case])
+    [(edits, _)] = manager.predict_edits([case])
     if edits is None:
         return print("    ! the output cannot be carried out: nothing changes")
     for edit in edits:

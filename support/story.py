@@ -210,6 +210,8 @@ def make_page(pair: Pair, dialogue: str, note: str) -> bytes:
 
 def read_pair(path: str, names: Sequence[str], dialogue: str | None) -> tuple[Pair, str, str]:
     """The two systems, the conversation to show, and a note on it."""
+    if names and names[0] == names[1]:
+        raise UsageError(f"--systems {' '.join(names)}: give two different ones")
     read = held_out.read_run if Path(path).is_dir() else held_out.read_evaluation
     pair = read(path, names)
     known = next(iter(pair.systems.values()))

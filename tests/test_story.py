@@ -266,6 +266,7 @@ def test_a_long_conversation_stays_below_a_megabyte(tmp_path, num_turns, length)
     (["missing"], "missing has no answers"), (["x.json"], "x.json has no answers"),
     (["."], "not a run's folder"), (["run", "--dialogue", "d9"], "--dialogue d9: run has test-"),
     (["run", "--systems", "untrained", "ppo"], "no held-out conversations of ppo; it has untrained"),
+    (["run", "--systems", "trained", "trained"], "--systems trained trained: give two different ones"),
     (["half"], "half has no held-out conversations of trained; it has untrained: finish"),
     (["damaged"], "damaged: its conversations cannot be read")])
 def test_errors_are_one_line(made, tmp_path, monkeypatch, flags, message):
