@@ -43,6 +43,7 @@ from support.evaluation import (
     weights_of,
 )
 from support.export import SUFFIXES, check_export, export_predictions
+from support.held_out import append_banks
 from support.judge import gold_of, make_judge
 from support.run import append_rows, check_distill, to_json_safe
 
@@ -218,6 +219,7 @@ class Evaluator:
             builds = manager.build_banks(agent, dialogues, self.embedder, progress=progress)
         seconds = (time.perf_counter() - start + recorded.saved) / len(dialogues)
         self.sources = {dialogue.id: build.sources for dialogue, build in zip(dialogues, builds, strict=True)}
+        append_banks(args.out, source, dialogues, builds)
         return {dialogue.id: (dialogue.speakers, build.bank, {
             "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
             "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(recorded.seconds)})
@@ -257,6 +259,7 @@ class Evaluator:
                     "prediction": found.text, "output": found.output,
                     "context": self.sources_of(line["dialogue"], prompt.shown), "is_valid": found.is_valid,
                     **scores(found.text, line["gold"], line["category"]), "selected": selected,
+                    "retrieved": [memory.id for memory in prompt.shown],
                     "shown": len(prompt.shown), "dropped": prompt.dropped, "at_once": self.args.at_once,
                     "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
                     "settings": self.settings[system.system]})

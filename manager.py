@@ -210,10 +210,15 @@ class Manager:
 
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[Parsed | None, int]]:
         """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
+        return [(edits, dropped) for edits, dropped, _ in self.predict(cases)]
+
+    def predict(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int, str]]:
+        """`predict_edits` with the completions, "" for a case without facts."""
         fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
         texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
-        edits = iter([(parse(text, case), dropped) for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
-        return [next(edits) if case.facts else (Parsed([Edit("NOOP")]), 0) for case in cases]
+        edits = iter([(parse(text, case), dropped, text)
+                      for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
+        return [next(edits) if case.facts else (Parsed([Edit("NOOP")]), 0, "") for case in cases]
 
 
 @dataclass
@@ -226,6 +231,8 @@ class BankBuild:
     num_labeled: int = 0  # turns that have a reference operation
     dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
+    edits: list[list[Edit] | None] = field(default_factory=list)  # of each turn, None if its output was invalid
+    outputs: list[tuple[Case, str]] = field(default_factory=list)  # what a Manager read and wrote in each turn
 
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
@@ -252,6 +259,7 @@ def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable,
                          for edit in edits or []]
                 build.num_labeled += 1
                 build.num_matching += named == [turn.operation]
+            build.edits.append(edits)
             build.ops.update(["invalid"] if edits is None else [edit.event for edit in edits])
             for id in apply_edits(build.bank, edits or [], turn.speaker, turn.time):
                 build.sources.setdefault(id, set()).add(turn.id)
@@ -263,14 +271,15 @@ def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[Bank
     def decide(batch):
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
-        predicted = manager.predict_edits(cases)
-        for (build, dialogue, turn), case, (edits, dropped) in zip(batch, cases, predicted, strict=True):
+        predicted = manager.predict(cases)
+        for (build, dialogue, turn), case, (edits, dropped, output) in zip(batch, cases, predicted, strict=True):
             build.dropped += dropped
             facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()
             build.ops += Counter(unread_facts=facts.skipped, skipped=edited.skipped, cut_texts=facts.cut + edited.cut)
+            build.outputs.append((case, output))
             if case.facts:
                 build.decisions.append((case, edits))
-        return [edits for edits, _ in predicted]
+        return [edits for edits, _, _ in predicted]
 
     manager.read_facts(dialogues)
     return build_in_lockstep(dialogues, embedder, decide, progress)

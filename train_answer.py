@@ -34,6 +34,7 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
+from support.held_out import held_out_records
 from support.judge import make_scorer
 from support.loop import epoch_indices, make_adapter, run_training
 from support.run import check_distill, check_out
@@ -133,8 +134,9 @@ class AnswerTask:
                                      device=args.device, dtype=args.dtype)
         sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
         self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
-        self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")
-        self.bank_report = manager.bank_report(builds) if builds else {}
+        self.dialogues = cli.held_out_dialogues(args, num_turns=NUM_TURNS)
+        self.held_out, self.builds = self.build(self.dialogues, "held out")
+        self.bank_report = manager.bank_report(self.builds) if self.builds else {}
         if not self.questions:
             raise UsageError(f"--data {args.data}: there is no question to train on")
 
@@ -221,7 +223,9 @@ class AnswerTask:
         answers = answer.generate_answers(self.policy, episodes, adapter, self.settings.max_new_tokens)
         pairs = [(given.text, item.question.answer) for given, item in zip(answers, self.held_out, strict=True)]
         return [{"step": step, "eval": when, **answer.mean_scores(pairs), **self.bank_report,
-                 **output_metrics(episodes, answers)}]
+                 **output_metrics(episodes, answers),
+                 "dialogues": held_out_records(self.dialogues, self.builds, zip(episodes, answers, strict=True),
+                                               answer.REWARDS)}]
 
 
 def arguments(argv=None) -> argparse.Namespace:

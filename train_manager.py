@@ -42,6 +42,7 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
+from support.held_out import held_out_records
 from support.judge import make_scorer
 from support.loop import make_adapter, run_training
 from support.run import check_distill, check_out
@@ -237,7 +238,8 @@ class ManagerTask:
             forks[i, edits] = episodes[i].bank.fork()
             manager.apply_edits(forks[i, edits], edits, episodes[i].turn.speaker, episodes[i].turn.time)
         asked = [(key, question) for key in forks for question in episodes[key[0]].questions]
-        texts = self.answers([(forks[key], question, episodes[key[0]].speakers) for key, question in asked])
+        texts = [given.text for _, given in
+                 self.answers([(forks[key], question, episodes[key[0]].speakers) for key, question in asked])]
         scores = self.score([(question.text, text, question.answer)
                              for (_, question), text in zip(asked, texts, strict=True)])
         records = {key: [] for key in forks}
@@ -246,13 +248,14 @@ class ManagerTask:
                                  self.args.reward: score})
         return forks, records
 
-    def answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[str]:
-        """The frozen Answer Agent's answers to (bank, question, speakers) triples, in one batch."""
+    def answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[tuple]:
+        """The frozen Answer Agent on (bank, question, speakers) triples, in one batch: (AnswerPrompt, Answer) pairs."""
         settings = from_args(answer.Settings, self.args, max_new_tokens=self.args.max_answer_tokens)
         prompts = [answer.build_prompt(self.policy, bank, question.text, speakers, settings)
                    for bank, question, speakers in asked]
         adapter = "answer" if self.args.answer_adapter else None
-        return [one.text for one in answer.generate_answers(self.policy, prompts, adapter, settings.max_new_tokens)]
+        return [*zip(prompts, answer.generate_answers(self.policy, prompts, adapter, settings.max_new_tokens),
+                     strict=True)]
 
     def evaluate(self, when: str, step: int) -> list[dict]:
         """Build banks of held-out dialogues and ask the final questions. "untrained" also evaluates the baselines."""
@@ -274,11 +277,13 @@ class ManagerTask:
         return [{"step": step, "eval": name, **result} for name, result in results.items()]
 
     def ask_finally(self, dialogues: Sequence[Dialogue], builds: Sequence[manager.BankBuild]) -> dict:
-        """The scores of the final questions, and a report on the banks."""
+        """The scores of the final questions, a report on the banks, and records for held_out.jsonl."""
         asked = [(build.bank, question, dialogue.speakers) for build, dialogue in zip(builds, dialogues, strict=True)
                  for question in dialogue.final_questions()]
-        pairs = [(text, question.answer) for text, (_, question, _) in zip(self.answers(asked), asked, strict=True)]
-        return {**answer.mean_scores(pairs), **manager.bank_report(builds)}
+        answers = self.answers(asked)
+        pairs = [(given.text, question.answer) for (_, given), (_, question, _) in zip(answers, asked, strict=True)]
+        return {**answer.mean_scores(pairs), **manager.bank_report(builds),
+                "dialogues": held_out_records(dialogues, builds, answers, answer.REWARDS)}
 
     def demonstrations(self) -> tuple[list[list[int]], list[list[int]], dict]:
         """Prompts, the teacher's completions, a report. Left out: invalid edits, edits of dropped memories."""

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from data import UsageError
 from support.distributed import is_rank0, world_size
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 FIXED_SETTINGS = ("agent", "algo", "model", "init_adapter", "rank", "alpha")  # a resumed run cannot change them
 COLUMNS = {  # parts of a line on the terminal
     "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
@@ -221,7 +222,7 @@ class Run:
         """Remove the files of an earlier run, and no others."""
         for name in ("checkpoint", "adapter"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "curve.png"):
+        for name in ("config.json", *LOGS, "curve.png", "story.html"):
             (self.folder / name).unlink(missing_ok=True)
 
     def rewind(self):
@@ -229,7 +230,7 @@ class Run:
         step, _ = self.load() or (-1, {})
         if step > self.config.get("steps", step):
             raise UsageError(f"{self.folder} has {step} steps already: resume it with --steps {step} or more")
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             rows = [row for row in read_rows(self.folder / name) if row.get("step", 0) <= step]
             if (self.folder / name).exists():
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -241,8 +242,12 @@ class Run:
             append_rows(self.folder / "metrics.jsonl", [metrics])
 
     def report(self, results: list[dict]):
-        """Log held-out results and print them."""
+        """Log held-out results and print them; the records in "dialogues" go to held_out.jsonl."""
         for result in results:
+            dialogues = result.pop("dialogues", [])
+            if is_rank0():
+                append_rows(self.folder / "held_out.jsonl", [
+                    {"step": result["step"], "eval": result["eval"], **one} for one in dialogues])
             self.log(result)
             tqdm.write(self.line(result["step"], result))
 

@@ -23,14 +23,15 @@ import train_answer
 import train_manager
 from data import TINY, UsageError, load
 from policy import Policy
-from support import loop, plots, run
+from support import loop, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->\n?", re.DOTALL)
 SCRIPTS = {"train_manager": "train_manager", "train_answer": "train_answer", "evaluate": "evaluate",
-           "manager": "manager", "answer": "answer", "plots": "support.plots", "step": "tests.benchmarks.step",
+           "manager": "manager", "answer": "answer", "plots": "support.plots", "story": "support.story",
+           "step": "tests.benchmarks.step",
            "profile_step": "tests.benchmarks.profile_step"}
 ALGORITHMS = ("grpo", "ppo", "sft")
 OTHERS = {"git", "pip", "torchrun", "pytest", "sudo", "xcode-select", "hf"}  # their flags are not ours
@@ -237,7 +238,7 @@ def train_once(script, argv, done):
     if kind in done and done[kind] != out:
         shutil.copytree(done[kind], out, dirs_exist_ok=True)
     elif kind not in done:
-        script.main([*quick(argv, 0), "--overwrite"])
+        script.main([*quick(argv, int(out == "runs/manager-grpo")), "--overwrite"])  # its page shows a conversation
         done[kind] = out
 
 
@@ -254,10 +255,11 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     for script, *argv in sorted((argv for argv in called if argv[0] in training), key=lambda argv: argv[0],
                                 reverse=True):  # Managers first
         train_once(training[script], argv, done)
-    for argv in (argv for argv in called if argv[0] == "-m"):
-        plots.main([path for name in argv[2:] for path in sorted(glob.glob(name)) or [name]])
-    assert {*training, "support.plots", "evaluate.py", "answer.py"} <= names
-    assert Path("learning.png").stat().st_size > 10_000
+    for _, module, *names_of_files in (argv for argv in called if argv[0] == "-m"):
+        paths = [path for name in names_of_files for path in sorted(glob.glob(name)) or [name]]
+        importlib.import_module(module).main(paths)
+    assert {*training, "support.plots", "support.story", "evaluate.py", "answer.py"} <= names
+    assert Path("learning.png").stat().st_size > 10_000 and Path("runs/manager-grpo/story.html").exists()
     capsys.readouterr()
     for argv in (argv for argv in called if argv[0] == "evaluate.py"):
         if len(argv) == 1 or "runs/m-grpo-0" in argv:  # of three seeds the first

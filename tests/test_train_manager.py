@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 import data.locomo
 import manager
 import train_manager
+from answer import Answer
 from data import Dialogue, Question, Turn, UsageError, longmemeval
 from policy import Completion, Policy
 from support import cli
@@ -146,7 +147,7 @@ def test_reward_is_the_mean_score_or_all_of_them(made, monkeypatch):
     the_task, episodes = made
     episode = next(episode for episode in episodes if len(episode.questions) == 2)
     given = [episode.questions[0].answer, "something else"]
-    monkeypatch.setattr(the_task, "answers", lambda asked: given)
+    monkeypatch.setattr(the_task, "answers", lambda asked: [(None, Answer(text, (), True)) for text in given])
     noop = [[Completion([5], [0.0], True, '[{"event": "NOOP"}]')]]
     monkeypatch.setattr(the_task.args, "linked", "mean")
     assert the_task.rewards([episode], noop)[0].item() == 0.5
