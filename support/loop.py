@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from data import UsageError
 from support import distributed
-from support.cli import describe_out_of_memory, describe_presets, from_args
+from support.cli import describe_presets, from_args
+from support.packing import describe_out_of_memory
 from support.plots import plot_run
 from support.run import Run, disk_errors, folder_lock, warn_once
 from support.text import reasons_on

@@ -159,3 +159,10 @@ def control_group_memory(root: str = "") -> list[int]:
                     statistics = dict(map(str.split, Path(folder, "memory.stat").read_text().splitlines()))
                     left.append(int(Path(folder, limit).read_text()) - int(statistics[used]))
     return left
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
+    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
+                      " ".join(str(error).split()))
+    return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""

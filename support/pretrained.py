@@ -8,7 +8,7 @@ import transformers
 from transformers.integrations.gguf import reader
 
 from data import UsageError
-from support.cli import describe_out_of_memory
+from support.packing import describe_out_of_memory
 
 SOURCES = "give a hub id, a folder with config.json, safetensors, tokenizer.json, or a .gguf file"
 SMALL = 50_000_000  # parameters; smaller models are fast enough in float32

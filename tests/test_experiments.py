@@ -48,7 +48,7 @@ def check_confirm(manager):
     dog = bank.add("Jon has a dog named Buddy.", "Jon", "8 May 2023")
     case = manager.Case("Jon", "3 June 2023", ("Jon still has Buddy.",), tuple(bank))
     edits = manager.parse('[{"event": "CONFIRM", "id": 2}]', case)
-    assert edits == [manager.Edit("CONFIRM", dog)] and '{"event": "CONFIRM", "id": 1}' in manager.SYSTEM
+    assert edits == [manager.Edit("CONFIRM", dog)] and "CONFIRM" in manager.SYSTEM
     assert all(manager.parse(manager.format_edits(edits, case, by_text), case) == edits for by_text in (False, True))
     trial, keeper = bank.fork(), manager.Manager(Fake(lambda messages: '[{"event": "CONFIRM", "id": 1}]'))
     with redirect_stdout(io.StringIO()) as printed:
