@@ -139,7 +139,7 @@ def check_curriculum(train_answer):
     from data import Question
     from policy import Completion
     task = object.__new__(train_answer.AnswerTask)
-    task.args, task.settings = Namespace(memories=9, grow=0), Settings()
+    task.args, task.settings = Namespace(model="real", memories=9, grow=0), Settings()
     item = train_answer.BankQuestion(Question("q", "?", "x", 4), None, ("Jon", "Gina"), {})
     episode = train_answer.Episode([1], [], 0, item)
     shown = [task.num_memories(1)]
