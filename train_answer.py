@@ -104,10 +104,14 @@ class Episode(answer.AnswerPrompt):
         turns = set(self.item.question.evidence)
         return {i for i, memory in enumerate(self.shown, 1) if turns & self.item.sources[memory.id]}
 
-    def shows_all_evidence(self) -> bool:
-        """Whether the answer follows from the shown memories. Synthetic data answers "none" if no turn implies more."""
-        question, shown = self.item.question, [self.item.sources[memory.id] for memory in self.shown]
-        return question.answer == "none" or set() < set(question.evidence) <= set().union(*shown)
+    def implies_answer(self, literally: bool) -> bool:
+        """Whether all turns with evidence are in shown memories and, `literally`, each part of the answer too."""
+        question, found = self.item.question, [self.shown[i - 1] for i in self.evidence()]
+        if question.answer == "none":  # in synthetic data: no turn implies more
+            return True
+        turns, told = [self.item.sources[memory.id] for memory in found], [f"{one.time} {one.text}" for one in found]
+        parts = question.answer.split(" and ") if literally else []
+        return set() < set(question.evidence) <= set().union(*turns) and all(part in " ".join(told) for part in parts)
 
 
 def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]) -> dict[str, float | None]:
@@ -211,8 +215,9 @@ class AnswerTask:
             prompts = [answer.prompt_for(self.teacher, episode.shown, episode.item.question.text,
                                          episode.item.speakers, settings) for episode in episodes]
             return answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
+        literally = self.args.data == "synthetic"  # only there answers consist of words of the memories
         return [answer.Answer(episode.item.question.answer, tuple(sorted(episode.evidence())),
-                              not self.args.distill or episode.shows_all_evidence()) for episode in episodes]
+                              not self.args.distill or episode.implies_answer(literally)) for episode in episodes]
 
     def evaluate(self, when: str, step: int) -> list[dict]:
         """Answer all questions about the held-out dialogues greedily, with all `--memories`."""

@@ -124,8 +124,9 @@ class Loop:
         self.run.samples([{"step": step, **sample} for sample in samples])
         tqdm.write(self.run.line(step, metrics))
         if step == 1 and "algo" in self.run.config:  # a toy has no flags to change
-            left = timedelta(seconds=round((self.config.steps - 1) * metrics["seconds"]))
-            tqdm.write(f"{self.config.steps - 1} more steps like this one take {left}")
+            left = self.config.steps - step
+            duration = timedelta(seconds=round(left * metrics["seconds"]))
+            tqdm.write(f"{metrics['seconds']:.1f} s a step; {left} more like this one take {duration}")
             for text in advice(metrics, self.run.config):
                 warn_once(f"step 1: {text}")
 

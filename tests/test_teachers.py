@@ -178,3 +178,16 @@ def test_a_hosted_teacher_sees_the_same_memories_and_its_answers_are_put_into_ou
     shown, *_ = (re.findall(r"(?m)^\d+ .*$", made.policy.decode(prompt)) for prompt in prompts)
     assert len(shown) == 30 and all(re.findall(r"(?m)^\d+ .*$", request["messages"][1]["content"]) == shown
                                     for request in server.requests)
+
+
+@pytest.mark.parametrize("gold, evidence, literally, implied", [
+    ("Rex", ("D1:1", "D1:3"), True, True), ("Rex and Kia", ("D1:1", "D1:3"), True, False),
+    ("Rex and Kia", ("D1:1", "D1:3"), False, True), ("Rex and Kia", ("D1:1", "D1:2"), True, True),
+    ("8 May 2023", ("D1:4",), True, True), ("9 May 2023", ("D1:4",), True, False), ("none", ("D9:9",), True, True),
+    ("Rex", ("D1:1", "D9:9"), False, False), ("Rex", (), False, False)])
+def test_an_answer_is_implied_by_memories_of_all_its_evidence(gold, evidence, literally, implied):
+    told = [("Ann has a dog named Rex.", {"D1:1"}), ("Ann drives a Kia.", {"D1:2"}), ("Ann met Rex.", {"D1:3", "D1:4"})]
+    shown = [Memory(i, text, "Ann", "8 May 2023") for i, (text, _) in enumerate(told)]
+    item = train_answer.BankQuestion(data.Question("Q", "?", gold, 4, evidence), None, ("Ann", "Bob"),
+                                     {i: turns for i, (_, turns) in enumerate(told)})
+    assert train_answer.Episode([1], shown, 0, item).implies_answer(literally) == implied

@@ -118,20 +118,21 @@ def test_selection_counts_numbers_that_were_shown():
                answer.parse("1 Rex\n2 none\n3 Rex\n4 none\nanswer: Rex")]
     assert train_answer.output_metrics([episode, episode], answers) == {
         "shown": 4, "selected": 2.0, "evidence": 3 / 4, "invalid_rate": 0}
-    nothing = train_answer.output_metrics([episode], [answer.parse("answer:")])
+    nothing = train_answer.output_metrics([episode], [answer.parse("<think>nothing")])
     assert nothing == {"shown": 4, "selected": 0, "evidence": None, "invalid_rate": 1}
 
 
 # ------------------------------------------------------------------------------------------------ rewards
 
 def test_the_reward_depends_on_the_answer_alone(made):
-    """1 for a right answer with any selection, 0 for a wrong answer with the right selection, 0 without an answer."""
+    """1 for a right answer with any selection or none, 0 for a wrong one with the right selection or without one."""
     episodes = made.batch(1)
     groups = [[output(f"relevant: 99\nanswer: {episode.item.question.answer}"), output("relevant: 1\nanswer: so-so"),
-               output("relevant: 1")] for episode in episodes]
+               output(episode.item.question.answer), output(f"<think>{episode.item.question.answer}")]
+              for episode in episodes]
     rewards, extra, samples = made.rewards(episodes, groups)
-    assert rewards.tolist() == [[1, 0, 0]] * len(episodes)
-    assert extra["invalid_rate"] == pytest.approx(1 / 3)
+    assert rewards.tolist() == [[1, 0, 1, 0]] * len(episodes)
+    assert extra["invalid_rate"] == 1 / 4
     assert samples[0]["parts"]["gold"] == episodes[0].item.question.answer and "question:" in samples[0]["prompt"]
 
 
