@@ -162,7 +162,8 @@ def summary(pair: Pair, dialogue: str, banks: dict[str, dict]) -> Element:
     rows = []
     for system, records in pair.systems.items():
         scores = [question["em"] == 1 for question in records[dialogue]["questions"]]
-        cells = (f"{sum(scores)} of {len(scores)}", str(len(banks[records[dialogue]["source"]])),
+        size = str(len(banks[records[dialogue]["source"]])) if records[dialogue]["turns"] else "not recorded"
+        cells = (f"{sum(scores)} of {len(scores)}", size,
                  *(f"{held_out.mean_score(records.values(), metric):.3f}" for metric in ("em", "f1")))
         rows.append(tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells)))
     return table(("", "right here", "memories", "EM", "F1"), rows, id="summary")
@@ -176,7 +177,8 @@ def page_body(pair: Pair, dialogue: str, note: str) -> Element:
     replayed = {source: held_out.replay(own) for source, own in turns.items()}
     banks = {source: bank for source, (_, bank) in replayed.items()}
     first = next(iter(records.values()))
-    about = f"Conversation {dialogue}: {' and '.join(first['speakers'])}, {len(first['turns'])} turns. {note}"
+    turns_said = f": {' and '.join(first['speakers'])}, {len(first['turns'])} turns" if first["turns"] else ""
+    about = f"Conversation {dialogue}{turns_said}. {note}"
     legend = tag("ul", *(tag("li", word, class_=event) for event, word in LEGEND.items()), id="legend")
     parts = [controls(len(first["turns"])), view(turns, replayed)] if first["turns"] else []
     return tag("body", tag("header", tag("h1", pair.title), tag("p", about), summary(pair, dialogue, banks), legend),
