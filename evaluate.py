@@ -20,7 +20,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from data import TINY, Dialogue, UsageError, banks_of, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
-from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, seed_everything
+from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, model_size, seed_everything
 from support.endpoint import Endpoint
 from support.evaluation import (
     RecordedPolicy,
@@ -54,7 +54,10 @@ REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
 LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
 REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
 REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
-RAW = ("none", "rag", "full-context")  # baselines whose banks hold no turns, or raw turns
+MODELS = {"tiny": {}, "large": REAL_MODEL, "small": REAL_MODEL | {"distill": False}}  # small: see train_answer.py
+BUILDERS = {"none": manager.noop_banks, "rag": manager.turn_banks, "full-context": manager.turn_banks,
+            "oracle": manager.oracle_banks}  # baselines that need no model
+RAW = ("none", "rag", "full-context")  # no operations to report
 BASELINES = (*RAW, "add-all", "oracle")
 RECORDED_AT_ONCE = 64  # replies that a stopped evaluation may lose while it extracts facts
 RERANK_FROM = 3  # the reranker chooses among three times as many memories as are shown
@@ -132,16 +135,6 @@ def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
             for dialogue in dialogues for question in dialogue.questions]
 
 
-def raw_bank(source: str, dialogue: Dialogue, embedder) -> MemoryBank:
-    """A bank of the raw turns. "full-context" stores them under one name, "A and B"; "none" has no turns."""
-    bank, turns = MemoryBank(embedder), () if source == "none" else dialogue.turns
-    texts = [manager.raw_text(turn) for turn in turns]
-    embedder.embed(texts)  # one batch; `add` then finds the vectors in the embedder's cache
-    for turn, text in zip(turns, texts, strict=True):
-        bank.add(text, " and ".join(dialogue.speakers) if source == "full-context" else turn.speaker, turn.time)
-    return bank
-
-
 def load_agent(policy, agent: str, distill: bool) -> tuple:
     """(policy, name of its adapter). The name is None for the base model, a baseline or an endpoint."""
     if agent == "endpoint":
@@ -203,15 +196,11 @@ class Evaluator:
         settings = manager.Settings(args.top_k, args.extract, max_prompt_tokens, args.max_new_tokens)
         recorded = self.recorded(policy)
         agent = manager.Manager(recorded, adapter, settings, self.facts[policy.name])
-        if source not in (*RAW, "oracle"):
+        if source not in BUILDERS:
             agent.read_facts(dialogues)
         start, recorded.seconds, recorded.saved = time.perf_counter(), [], 0.0
-        if source in RAW:
-            builds = [manager.BankBuild(raw_bank(source, dialogue, self.embedder),
-                                        sources={i: {turn.id} for i, turn in enumerate(dialogue.turns)})
-                      for dialogue in dialogues]
-        elif source == "oracle":
-            builds = manager.oracle_banks(dialogues, self.embedder)
+        if source in BUILDERS:
+            builds = BUILDERS[source](dialogues, self.embedder)
         elif source == "add-all":
             builds = manager.add_all_banks(dialogues, self.embedder, agent.facts)
         else:
@@ -221,8 +210,9 @@ class Evaluator:
         self.sources = {dialogue.id: build.sources for dialogue, build in zip(dialogues, builds, strict=True)}
         append_banks(args.out, source, dialogues, builds)
         return {dialogue.id: (dialogue.speakers, build.bank, {
-            "size": len(build.bank), "ops": dict(build.ops), "num_matching": build.num_matching,
-            "num_labeled": build.num_labeled, "seconds": seconds, "calls": report.percentiles(recorded.seconds)})
+            "size": len(build.bank), "ops": {} if source in RAW else dict(build.ops),
+            "num_matching": build.num_matching, "num_labeled": build.num_labeled, "seconds": seconds,
+            "calls": report.percentiles(recorded.seconds)})
             for dialogue, build in zip(dialogues, builds, strict=True)}
 
     def find_memories(self, system: System, question: str, speakers, bank: MemoryBank) -> tuple[list[Memory], tuple]:
@@ -231,7 +221,8 @@ class Evaluator:
         first, so a prompt that is too long drops the oldest turns.
         """
         if system.source == "full-context":
-            return [*bank][::-1], (" and ".join(speakers),)
+            both = " and ".join(speakers)
+            return [replace(memory, speaker=both) for memory in bank][::-1], (both,)
         searched = banks_of(answer.speakers_asked(question, speakers) if system.named_only else speakers)
         k, wider = max(1, system.memories // 2), RERANK_FROM if self.reranker else 1
         ranked = [one for one, _ in answer.retrieve(bank, question, searched, k * wider, floor=self.args.floor)]
@@ -348,7 +339,7 @@ def arguments(argv=None) -> argparse.Namespace:
     first = Parser(add_help=False)
     add_flags(first, "", SharedFlags, {})
     chosen, _ = first.parse_known_args(argv)
-    presets = (REAL_DATA if chosen.data != "synthetic" else {}) | ({} if is_tiny(chosen.model) else REAL_MODEL)
+    presets = (REAL_DATA if chosen.data != "synthetic" else {}) | MODELS[model_size(chosen.model)]
     parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
                     epilog="examples:\n" + __doc__.split("\n\n")[1])
     add_flags(parser, "systems and reports (none named: baselines, base, and all in runs/)", SystemFlags, {})

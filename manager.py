@@ -197,10 +197,14 @@ class Manager:
         if not self.settings.extract:
             return [Parsed([turn.text]) for turn in turns]
         shown = () if is_tiny(self.policy.name) else FACTS_SHOWN
-        prompts = [self.policy.encode(chat_messages(EXTRACTOR, turn_text(turn.speaker, turn.time, turn.text), shown))
-                   for turn in turns]
-        found = map(parse_facts, generate(self.policy, None, prompts, self.settings.max_new_tokens))
-        return [Parsed(dict.fromkeys(facts), facts.skipped, facts.cut) for facts in found]  # each fact once
+        limit, max_tokens = self.settings.max_new_tokens, self.settings.max_prompt_tokens
+        fitted = [fit_prompt(
+            self.policy, lambda words, turn=turn: chat_messages(
+                EXTRACTOR, turn_text(turn.speaker, turn.time, " ".join(words)), shown),
+            turn.text.split(), max_tokens, limit) for turn in turns]  # of a turn that is too long, the first words
+        texts = generate(self.policy, None, [ids for ids, _, _ in fitted], limit)
+        return [Parsed(dict.fromkeys(facts), facts.skipped, facts.cut + (dropped > 0))  # each fact once
+                for facts, (_, _, dropped) in zip(map(parse_facts, texts), fitted, strict=True)]
 
     def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
         """Extract the facts that are not in the cache. They do not depend on a bank, so all turns form one batch."""

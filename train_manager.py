@@ -56,9 +56,9 @@ REAL_DATA = {  # defaults of flags where they differ from those of synthetic dat
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
     "window": 10,  # LoCoMo: 119 of the 127 questions that 50 turns allow, with banks that cost a fifth
-    "memories": 12,  # more distract a small Answer Agent
+    "memories": 8,  # more distract a small Answer Agent
     "distill": False,  # selecting first costs a small Answer Agent a third of its F1
-    "reward": "composite",  # its answers are rarely exact
+    "reward": "f1",  # its answers are rarely exact
     "max_prompt_tokens": 2048,  # longer ones do not fit into 8 GB with their gradients
     "max_new_tokens": 256,  # operations for all facts of a turn
     "max_answer_tokens": 40,  # six words, with room for a sentence

@@ -18,7 +18,7 @@ import train_answer
 import train_manager
 from data import UsageError
 from manager import Case, Edit
-from memory import MemoryBank, make_embedder
+from memory import make_embedder
 from support import held_out, story
 from support.run import Run, append_rows, read_rows
 
@@ -174,9 +174,8 @@ def test_a_page_of_an_evaluation(tmp_path, monkeypatch, capsys):
     dialogues = {one.id: one for one in data.load("synthetic", "test", count=32, seed=1)}
     for (source, name), record in banks.items():
         _, bank = held_out.replay(record["turns"])
-        expected = {"rag": evaluate.raw_bank("rag", dialogues[name], EMBEDDER), "none": MemoryBank(EMBEDDER),
-                    "oracle": manager.oracle_banks([dialogues[name]], EMBEDDER)[0].bank}[source]
-        assert [memory["text"] for _, memory in sorted(bank.items())] == [memory.text for memory in expected]
+        [expected] = evaluate.BUILDERS[source]([dialogues[name]], EMBEDDER)
+        assert [memory["text"] for _, memory in sorted(bank.items())] == [memory.text for memory in expected.bank]
         if source != "none":
             for question in pair.systems[source][name]["questions"]:
                 found = held_out.memories_of(question, bank)
