@@ -46,7 +46,7 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
     "steps": 40,  # enough for the reward to level off
     "batch_size": 16,  # longer prompts and completions
     "minibatch": 4,  # four optimizer steps on a batch
-    "lr": 1e-3,  # smaller optimizer steps, as there are more of them
+    "lr": {"grpo": 1e-3, "ppo": 1e-3, "sft": 3e-4},  # more steps, so smaller ones; SFT at 1e-3 selects nothing
     "memories": 20,  # most of them irrelevant, so that selecting is worth learning
     "named_only": False,  # as in the paper
     "max_new_tokens": 200,  # a verdict on each memory, then the answer

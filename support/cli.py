@@ -169,8 +169,8 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
     add_flags(first, "run", RunFlags, {})
     chosen, _ = first.parse_known_args(argv)
     own = {**(presets["data"] if chosen.data != "synthetic" else {}), **presets.get(model_size(chosen.model), {})}
-    own = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in own.items()}
     defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}), **own}
+    defaults = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in defaults.items()}
     description += f" The flags of --algo {chosen.algo}; their defaults are those for the given --data and --model."
     parsers = {algo: Parser(description=description, usage="python %(prog)s [flags]") for algo in groups}
     for algo, parser in parsers.items():
@@ -178,7 +178,7 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
             add_flags(parser, title, dataclass_type, defaults)
     parsers[chosen.algo].by_algorithm = parsers
     args = parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
-    args.presets = {name: value for name, value in own.items() if name in args}
+    args.presets = {name: defaults[name] for name in own if name in args}
     return args
 
 
