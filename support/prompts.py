@@ -11,8 +11,8 @@ OPERATIONS_SHOWN = [  # (case, operations)
      "new facts from Nina (9 July 2021):\n- Nina got a second cat, Kit.\noperations:",
      '[{"event": "UPDATE", "id": 2, "text": "Nina has two cats, Tom and Kit."}]'),
     ("memories of Nina:\n1 (2 May 2021) Nina lives in Leeds.\n2 (2 May 2021) Nina works as a nurse.\n"
-     "3 (2 May 2021) Nina has a cat named Tom.\nnew facts from Nina (9 July 2021):\n- Nina is a nurse.\noperations:",
-     '[{"event": "NOOP"}]'),
+     "3 (2 May 2021) Nina has a cat named Tom.\nnew facts from Nina (9 July 2021):\n- Nina is a nurse.\n"
+     "- Nina plays chess.\noperations:", '[{"event": "NOOP"}, {"event": "ADD", "text": "Nina plays chess."}]'),
     ("memories of Nina:\n1 (2 May 2021) Nina lives in Leeds.\n2 (9 July 2021) Nina wants to run a marathon.\n"
      "new facts from Nina (1 October 2021):\n- Nina gave up on the marathon.\noperations:",
      '[{"event": "DELETE", "id": 2}]'),
@@ -21,9 +21,8 @@ OPERATIONS_SHOWN = [  # (case, operations)
      '[{"event": "ADD", "text": "Nina works as a nurse."}, {"event": "ADD", "text": "Nina has a cat named Tom."}]'),
     ("memories of Nina:\n1 (2 May 2021) Nina works as a nurse.\n2 (2 May 2021) Nina has a cat named Tom.\n"
      "new facts from Nina (9 July 2021):\n- Nina wants to run a marathon.\n- Nina lives in Leeds.\n"
-     "- Nina plays chess.\noperations:",
-     '[{"event": "ADD", "text": "Nina wants to run a marathon."}, {"event": "ADD", "text": "Nina lives in Leeds."}, '
-     '{"event": "ADD", "text": "Nina plays chess."}]'),
+     "operations:",
+     '[{"event": "ADD", "text": "Nina wants to run a marathon."}, {"event": "ADD", "text": "Nina lives in Leeds."}]'),
 ]
 FACTS_SHOWN = [  # (turn, facts)
     ("turn of Tom (9 July 2021):\nWow, Nina, well done! I'd like to take piano lessons next month, since my sister Ada "
