@@ -161,7 +161,8 @@ def test_answers_in_order_by_the_named_role(fake):
     words = ["red", "blue", "red"]
     policy = fake(lambda messages: "relevant: 1\nanswer: " + messages[1]["content"].splitlines()[-2].split()[-1])
     prompts = [build_prompt(policy, talk(2), word, PAIR, Settings(memories=4)) for word in words]
-    assert generate_answers(policy, prompts, "answer", 33) == [Answer(word, (1,), True) for word in words]
+    assert generate_answers(policy, prompts, "answer", 33) == [
+        Answer(word, (1,), True, f"relevant: 1\nanswer: {word}") for word in words]
     assert policy.calls == [("answer", 3, (1, 33, 0))] and policy.role == "nobody"
     assert generate_answers(policy, [], "answer", 33) == [] and len(policy.calls) == 1
 

@@ -110,6 +110,8 @@ def arguments(command: str, around: Path) -> tuple[str, list[str]]:
         script, *flags = flags
     if script.startswith("train_") and "sft" not in flags:  # sft has no groups
         flags += ["--group-size", "2"]
+    if script == "train_answer.py" and "sft" in flags:
+        flags += ["--no-distill"]  # the tiny model's bank of LoCoMo lacks the evidence to select
     if "--reranker" in flags:
         flags[flags.index("--reranker") + 1] = str(around / "cross")
     return script, [*flags, *SMALL[script].split()]

@@ -12,8 +12,8 @@ def test_a_script_in_two_processes_writes_one_run_and_resumes(tmp_path):
     done = finished(torchrun(ROOT / "train_manager.py", *flags))
     assert done.returncode == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == f"manager by grpo, seed 0, into {tmp_path / 'run'}" and len(lines) == 4
-    assert [line[:10] for line in lines[1:3]] == ["step   1/2", "step   2/2"]
+    assert lines[0] == f"manager by grpo, seed 0, into {tmp_path / 'run'}" and len(lines) == 5
+    assert [line[:10] for line in (lines[1], lines[3])] == ["step   1/2", "step   2/2"] and "s a step" in lines[2]
     assert {path.name for path in (tmp_path / "run").iterdir()} - {"curve.png"} == {
         "adapter", "checkpoint", "config.json", "lock", "metrics.jsonl", "samples.jsonl"}
     assert json.loads((tmp_path / "run/config.json").read_text())["processes"] == 2
