@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import torch
 import transformers
 
 import data
 from data import TINY, UsageError, is_tiny
 from support.endpoint import Endpoint
-from support.pretrained import num_parameters
+from support.pretrained import describe_out_of_memory, num_parameters
 
 SMALL_MODEL = 10**9  # models with fewer parameters are small; the tiny model has presets of its own
 TEACHER_REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cache of a hosted teacher
@@ -211,13 +210,6 @@ def seed_everything(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     transformers.set_seed(seed)
-
-
-def describe_out_of_memory(error: BaseException) -> str:
-    """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
-    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
-                      " ".join(str(error).split()))
-    return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
 
 
 def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "

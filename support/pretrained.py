@@ -1,4 +1,5 @@
 """Load a causal language model and its tokenizer; every failure becomes a one-line UsageError."""
+import re
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -8,7 +9,6 @@ import transformers
 from transformers.integrations.gguf import reader
 
 from data import UsageError
-from support.cli import describe_out_of_memory
 
 SOURCES = "give a hub id, a folder with config.json, safetensors, tokenizer.json, or a .gguf file"
 SMALL = 50_000_000  # parameters; smaller models are fast enough in float32
@@ -28,6 +28,13 @@ def locate(name) -> tuple[str, dict]:
             raise UsageError(f"model {name}: no config.json there; give a hub id, a model's folder or a .gguf file")
         return str(path), {}
     return str(name), {}
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
+    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
+                      " ".join(str(error).split()))
+    return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
 
 
 def num_parameters(name) -> int:
