@@ -122,6 +122,7 @@ def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]
 class AnswerTask:
     """Episodes, rewards and held-out evaluation of the Answer Agent. See Task in support/loop.py."""
     state: dict = {}  # a batch depends on nothing but seed and step
+    played = None  # an output has no trajectory: the bank does not change
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args, self.settings = policy, args, from_args(answer.Settings, args)

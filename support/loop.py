@@ -18,6 +18,7 @@ from data import UsageError
 from support import distributed
 from support.cli import describe_out_of_memory, describe_presets, from_args
 from support.plots import plot_run
+from support.rollouts import Played
 from support.run import Run, disk_errors, folder_lock, warn_once
 from support.text import reasons_on
 
@@ -28,6 +29,7 @@ PATIENCE = 5  # a run ends after this many steps in a row with a refused update 
 class Task(Protocol):
     """The source of an algorithm's prompts and rewards. It returns the same on all processes."""
     state: dict  # plain Python values that a resumed run needs, saved in the checkpoint
+    played: Played | None  # outputs of whole trajectories, which `batch` sampled for this step; None: no trajectories
 
     def batch(self, step: int) -> list:
         """The episodes of a step, each with a `prompt` of token ids."""

@@ -57,7 +57,7 @@ MANAGER = ["--eval", "0", "--steps", "2", "--batch-size", "5", "--refresh", "1",
 
 class Fixed:
     """Given prompts, completions and rewards."""
-    state = {}
+    state, played = {}, None
 
     def __init__(self, policy, groups, rewards, spoiled):
         self.prompts, self.given = encode_texts(policy, TEXTS), rewards
