@@ -131,12 +131,20 @@ class AnswerTask:
         else:
             self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                      device=args.device, dtype=args.dtype)
-        sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
-        self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
-        self.held_out, builds = self.build(cli.held_out_dialogues(args, num_turns=NUM_TURNS), "held out")
-        self.bank_report = manager.bank_report(builds) if builds else {}
+        self.read_dialogues()
+
+    def read_dialogues(self) -> None:
+        """Collect the questions about all dialogues, and the banks to answer them from."""
+        args, sizes = self.args, {"count": NUM_DIALOGUES, "seed": self.args.seed, "num_turns": NUM_TURNS}
+        self.questions, _ = self.build(data.load(args.data, "train", **sizes if args.data == "synthetic" else {}),
+                                       "train")
+        self.read_held_out()
         if not self.questions:
             raise UsageError(f"--data {args.data}: there is no question to train on")
+
+    def read_held_out(self) -> None:
+        self.held_out, builds = self.build(cli.held_out_dialogues(self.args, num_turns=NUM_TURNS), "held out")
+        self.bank_report = manager.bank_report(builds) if builds else {}
 
     def build(self, dialogues: list[Dialogue], name: str) -> tuple[list[BankQuestion], list[manager.BankBuild]]:
         """The frozen Manager's banks, and all questions that are asked at the end of the dialogues."""

@@ -41,8 +41,11 @@ class Task(Protocol):
         """Held-out results; `when` is "untrained" or "trained"."""
 
 
-def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
-    """A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step."""
+def fit(train, policy, task: Task, run: Run, adapter: str | tuple[str, ...], config) -> None:
+    """
+    A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step; several
+    adapters (train_joint.py) have a folder each.
+    """
     loop = Loop(policy, task, run, adapter, config)
     try:
         train(policy, task, loop, adapter, config)
@@ -53,19 +56,20 @@ def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
     if not distributed.rank0_result(run.is_complete, config.steps):
         if distributed.is_rank0():
             with disk_errors(run.folder):
-                policy.save_adapter(adapter, run.folder / "adapter")
+                for name in [adapter] if isinstance(adapter, str) else adapter:
+                    policy.save_adapter(name, run.folder / "adapter" / ("" if name == adapter else name))
         distributed.seed_step(config.seed, config.steps + 1)  # the same numbers if a run resumes here
         run.report(task.evaluate("trained", config.steps))
 
 
-def run_training(algorithm, policy, task: Task, args) -> None:
+def run_training(algorithm, policy, task: Task, args, adapter=None) -> None:
     """`fit` in the folder args.out, locked against other processes, with the settings of the command line."""
     with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
         if chosen := describe_presets(args):
             print(f"defaults for this model and data: {chosen}", flush=True)
-        fit(algorithm.train, policy, task, run, args.agent, from_args(algorithm.Config, args))
+        fit(algorithm.train, policy, task, run, adapter or args.agent, from_args(algorithm.Config, args))
         if distributed.is_rank0():
             plot_run(args.out)
     print(f"adapter, metrics and samples are in {run.folder}")
@@ -105,7 +109,7 @@ class Loop:
         if done is None:
             done = 0
             self.run.report([*first_results, *self.task.evaluate("untrained", 0)])
-        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=self.adapter,
+        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=str(self.adapter),
                         disable=None)
         with self.run.finish_step_on_interrupt():
             for step in progress:
