@@ -93,7 +93,8 @@ def labelled_advantages(rewards: torch.Tensor, labels: list) -> torch.Tensor:
     advantages = torch.zeros_like(rewards)
     for label in dict.fromkeys(labels):
         rows = [i for i, own in enumerate(labels) if own == label]
-        advantages[rows] = group_advantages(rewards[None, rows])[0]
+        if len(rows) > 1:  # nothing to compare a single output with
+            advantages[rows] = group_advantages(rewards[None, rows])[0]
     return advantages
 
 
