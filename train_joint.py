@@ -94,8 +94,6 @@ class CurrentBanks(train_answer.AnswerTask):
 
 class JointTask:
     """The two tasks as one, for the loop: its state, and the results of both on held-out dialogues."""
-    played = None
-
     def __init__(self, policy: Policy, settings: dict[str, argparse.Namespace], args: argparse.Namespace):
         self.agents = {"manager": train_manager.ManagerTask(policy, settings["manager"]),
                        "answer": CurrentBanks(policy, settings["answer"])}
