@@ -7,6 +7,7 @@ One training step, with the function that does it:
 2. sample a group of G completions for each prompt                            policy.sample
 3. compute their rewards                                                      task.rewards
 4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
+   (outputs of trajectories have groups by labels: see train_manager.py)       labelled_advantages
 5. compute the clipped surrogate and the KL penalty, and their gradients      grpo_loss, accumulate_gradients
 6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
 7. write one line to metrics.jsonl                                            loop.log
@@ -30,7 +31,7 @@ import torch
 from policy import Policy
 from support.cli import exit_cleanly, flag
 from support.loop import mean_per_token, optimizer_step, rollout_metrics, update_metrics
-from support.rollouts import minibatches, sampled_tensors, select_groups
+from support.rollouts import group_rows, minibatches, sampled_tensors, select_groups
 from support.toy import show_toy
 
 
@@ -61,10 +62,10 @@ class Config:
 class Rollouts:
     """The input of the update. P counts only its groups: groups of the step whose rewards differ, or some of them."""
     prompts: list[list[int]]  # P
-    completions: list[list[list[int]]]  # P x G token ids
+    completions: list[list[list[int]]]  # P x G token ids (trajectories: groups of one)
     logp_old: torch.Tensor  # (N, C)
     advantages: torch.Tensor  # (N,)
-    kept_fraction: float  # fraction of the step's groups whose rewards differ
+    kept_fraction: float  # fraction of the step's completions whose groups have unequal rewards
     mean_length: float  # tokens per completion, over all groups of the step
     logp_ref: torch.Tensor | None = None  # (N, C); None if beta = 0
 
@@ -82,6 +83,19 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
     return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # rounding: the mean of eight 1/3 is not 1/3
+
+
+def labelled_advantages(rewards: torch.Tensor, labels: list) -> torch.Tensor:
+    """
+    `group_advantages` where equal labels make a group, whatever the prompts are. (N,) -> (N,)
+    [1., 5., 0.], ["a", "b", "a"] -> [.71, 0., -.71]
+    """
+    advantages = torch.zeros_like(rewards)
+    for label in dict.fromkeys(labels):
+        rows = [i for i, own in enumerate(labels) if own == label]
+        if len(rows) > 1:  # nothing to compare a single output with
+            advantages[rows] = group_advantages(rewards[None, rows])[0]
+    return advantages
 
 
 def all_equal(rewards: torch.Tensor) -> torch.Tensor:  # (P, G) -> (P,)
@@ -116,15 +130,24 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
 
 # ------------------------------------------------------------------------------------------------ one step
 
-def make_rollouts(policy: Policy, prompts, groups, rewards, config: Config, reference=None) -> Rollouts | None:
-    """Advantages and reference log-probs of a step's completions; None if all groups have equal rewards."""
-    informative = (~all_equal(rewards)).nonzero().flatten().tolist()  # indices of groups
+def make_rollouts(policy: Policy, prompts, groups, rewards, config: Config, reference=None, played=None):
+    """
+    Advantages and reference log-probs of a step's completions, and of the outputs of trajectories (`played`) as groups
+    of one. Rollouts without the groups whose advantages are 0; None if all are.
+    """
+    advantages = group_advantages(rewards).flatten()  # (P, G) -> (N,)
+    if played:
+        parts = (advantages, labelled_advantages(played.rewards, played.labels))
+        advantages = torch.cat([weight * part for weight, part in zip(played.weights, parts, strict=True)])
+        prompts, groups = played.append_to(prompts, groups)
+    rows = group_rows(groups)
+    informative = [i for i, own in enumerate(rows) if advantages[own.start:own.stop].any()]  # indices of groups
     if not informative:
         return None
     mask, logp_old = sampled_tensors(groups, policy.device)
     rollouts = Rollouts(prompts, [[completion.ids for completion in group] for group in groups], logp_old,
-                        group_advantages(rewards).flatten().to(policy.device),  # (P, G) -> (N,)
-                        kept_fraction=len(informative) / len(groups), mean_length=mask.sum().item() / len(mask))
+                        advantages.to(policy.device), sum(len(rows[i]) for i in informative) / len(mask),
+                        mean_length=mask.sum().item() / len(mask))
     rollouts = select_groups(rollouts, informative)
     if config.beta == 0:
         return rollouts
@@ -158,18 +181,27 @@ def accumulate_gradients(policy: Policy, part: Rollouts, num_rows: int, adapter:
     return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item())
 
 
+def make_optimizer(policy: Policy, adapter: str, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.named_parameters(adapter), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def train_step(policy: Policy, optimizer, task, adapter: str, config: Config, step: int, reference=None):
+    """Steps 1 to 6 of the list at the top. Returns the step's metrics and some rollouts in readable form."""
+    episodes = task.batch(step)
+    prompts = [episode.prompt for episode in episodes]
+    with policy.using(adapter):
+        groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
+    rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
+    rollouts = make_rollouts(policy, prompts, groups, rewards, config, reference, task.played)
+    metrics = update(policy, optimizer, rollouts, adapter, config, step) if rollouts else NO_UPDATE
+    return rollout_metrics(rewards, groups) | metrics | task_metrics, samples
+
+
 def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
     """`config.steps` training steps. `loop` (support/loop.py) resumes, seeds, evaluates, saves and stops."""
-    optimizer = torch.optim.AdamW(policy.named_parameters(adapter), config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(policy, adapter, config)
     for step in loop.steps(optimizer):
-        episodes = task.batch(step)
-        prompts = [episode.prompt for episode in episodes]
-        with policy.using(adapter):
-            groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
-        rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
-        rollouts = make_rollouts(policy, prompts, groups, rewards, config, loop.reference)
-        metrics = update(policy, optimizer, rollouts, adapter, config, step) if rollouts else NO_UPDATE
-        loop.log(step, rollout_metrics(rewards, groups) | metrics | task_metrics, samples)
+        loop.log(step, *train_step(policy, optimizer, task, adapter, config, step, loop.reference))
 
 
 def main(argv=None) -> None:

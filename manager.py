@@ -212,17 +212,22 @@ class Manager:
                    if (dialogue.id, turn.id) not in self.facts}
         self.facts.update(zip(missing, self.extract(list(missing.values())), strict=True))
 
+    def sample_edits(self, cases: Sequence[Case], temperature=0) -> list[tuple]:
+        """
+        For each case: (edits or None if invalid, number of memories dropped, prompt, completion). A case without facts
+        has the edit NOOP, and no prompt.
+        """
+        fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
+        with self.policy.using(self.adapter):
+            groups = self.policy.sample([ids for ids, _, _ in fitted], 1, self.settings.max_new_tokens,
+                                        temperature=temperature) if fitted else []
+        outputs = iter([(parse(completion.text, case), dropped, ids, completion)
+                        for [completion], (ids, case, dropped) in zip(groups, fitted, strict=True)])
+        return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), 0, None, None) for case in cases]
+
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[Parsed | None, int]]:
         """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
-        return [(edits, dropped) for edits, dropped, _ in self.predict(cases)]
-
-    def predict(self, cases: Sequence[Case]) -> list[tuple[list[Edit] | None, int, str]]:
-        """`predict_edits` with the completions, "" for a case without facts."""
-        fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
-        texts = generate(self.policy, self.adapter, [ids for ids, _, _ in fitted], self.settings.max_new_tokens)
-        edits = iter([(parse(text, case), dropped, text)
-                      for text, (_, case, dropped) in zip(texts, fitted, strict=True)])
-        return [next(edits) if case.facts else (Parsed([Edit("NOOP")]), 0, "") for case in cases]
+        return [(edits, dropped) for edits, dropped, *_ in self.sample_edits(cases)]
 
 
 @dataclass
@@ -236,7 +241,8 @@ class BankBuild:
     dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
     edits: list[list[Edit] | None] = field(default_factory=list)  # of each turn, None if its output was invalid
-    outputs: list[tuple[Case, str]] = field(default_factory=list)  # what a Manager read and wrote in each turn
+    outputs: list[tuple] = field(default_factory=list)  # of each turn: (case, prompt, Completion); see `sample_edits`
+    history: list[list[Memory]] = field(default_factory=list)  # memories before each turn, if outputs were sampled
 
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
@@ -270,20 +276,25 @@ def build_in_lockstep(dialogues: Sequence[Dialogue], embedder, decide: Callable,
     return builds
 
 
-def build_banks(manager: Manager, dialogues, embedder, progress="") -> list[BankBuild]:
-    """Alg. 3 for each dialogue: M = {}; for each turn t: f = LLMExtract(t), o = Manager(f, TopK(f, M)), M = o(M)."""
+def build_banks(manager: Manager, dialogues, embedder, progress="", temperature=0) -> list[BankBuild]:
+    """
+    Alg. 3 for each dialogue: M = {}; for each turn t: f = LLMExtract(t), o = Manager(f, TopK(f, M)), M = o(M).
+    With a temperature above 0 the outputs are sampled: each build is a trajectory, and records its outputs.
+    """
     def decide(batch):
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
-        predicted = manager.predict(cases)
-        for (build, dialogue, turn), case, (edits, dropped, output) in zip(batch, cases, predicted, strict=True):
+        predicted = manager.sample_edits(cases, temperature)
+        for (build, dialogue, turn), case, (edits, dropped, *output) in zip(batch, cases, predicted, strict=True):
             build.dropped += dropped
+            if temperature:
+                build.history.append(list(build.bank))
             facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()
             build.ops += Counter(unread_facts=facts.skipped, skipped=edited.skipped, cut_texts=facts.cut + edited.cut)
-            build.outputs.append((case, output))
+            build.outputs.append((case, *output))
             if case.facts:
                 build.decisions.append((case, edits))
-        return [edits for edits, _, _ in predicted]
+        return [edits for edits, *_ in predicted]
 
     manager.read_facts(dialogues)
     return build_in_lockstep(dialogues, embedder, decide, progress)

@@ -42,6 +42,7 @@ from support.distributed import all_gather, all_reduce_sum, local_shard
 from support.packing import PackedBatch, scatter_to_mask
 from support.peft_format import match_layers, read_adapter, write_adapter
 from support.pretrained import load_pretrained
+from support.rollouts import group_rows
 
 # Model families whose packed scores are tested against unpacked ones; others are scored unpacked. A 4-D mask is
 # silently wrong with a sliding window, linear attention, or positions derived from the mask (ALiBi).
@@ -360,12 +361,12 @@ class Policy:
     @torch.no_grad()
     def map_groups(self, function, prompts, completions, max_tokens: int = 0) -> torch.Tensor:
         """function(prompts, completions) -> (n, c) for all groups, without gradient, as one (N, C) tensor."""
-        G, width = len(completions[0]), max(len(ids) for group in completions for ids in group)
-        result = torch.zeros(len(prompts), G, width, device=self.device)
+        rows, width = group_rows(completions), max(len(ids) for group in completions for ids in group)
+        result = torch.zeros(rows[-1].stop, width, device=self.device)
         for indices in self.micro_batches(prompts, completions, max_tokens):
             values = function([prompts[i] for i in indices], [completions[i] for i in indices])
-            result[indices, :, :values.shape[1]] = values.unflatten(0, (len(indices), G))
-        return all_reduce_sum(result).flatten(0, 1)  # the rows of other processes are 0 here
+            result[[row for i in indices for row in rows[i]], :values.shape[1]] = values
+        return all_reduce_sum(result)  # the rows of other processes are 0 here
 
 
 def main(argv=None) -> None:

@@ -8,6 +8,7 @@ One training step, with the function that does it:
 3. compute their rewards                                                      task.rewards
 4. compute advantages by GAE from the critic's values, whitened over the
    batch, and the log-probs of the reference                                  gae, whiten, make_rollouts
+   (outputs of trajectories have the outcome as reward: see train_manager.py)  add_trajectories
 5. compute the clipped surrogate, the KL penalty and the critic's error, and
    their gradients                                       ppo_loss, value_loss, accumulate_gradients
 6. update both adapters with AdamW, in `epochs` passes over the rollouts      update
@@ -75,7 +76,7 @@ class Config:
 class Rollouts:
     """The input of the update: the completions of a step, or some groups of them."""
     prompts: list[list[int]]  # P
-    completions: list[list[list[int]]]  # P x G token ids
+    completions: list[list[list[int]]]  # P x G token ids (trajectories: groups of one)
     mask: torch.Tensor  # (N, C), like all tensors below
     logp_old: torch.Tensor
     values_old: torch.Tensor
@@ -120,6 +121,19 @@ def terminal_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The reward of each completion at its last sampled token. ([1.], [[1, 1, 0]]) -> [[0., 1., 0.]]"""
     per_token = torch.zeros(mask.shape, device=mask.device)
     return per_token.scatter(1, mask.sum(dim=1, keepdim=True) - 1, rewards[:, None])
+
+
+def add_trajectories(prompts, groups, rewards, played=None):
+    """
+    Prompts, groups, rewards (N,) and weights of the advantages (N, 1) of a step's groups, with rewards (P, G), and of
+    the outputs of trajectories (`played`), each with the outcome of its trajectory as terminal reward.
+    """
+    rewards = rewards.flatten()
+    if not played:
+        return prompts, groups, rewards, torch.ones(len(rewards), 1)
+    weights = torch.cat([torch.full((len(part), 1), weight)
+                         for part, weight in zip((rewards, played.rewards), played.weights, strict=True)])
+    return *played.append_to(prompts, groups), torch.cat([rewards, played.rewards]), weights
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -246,7 +260,9 @@ def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
         with policy.using(adapter):
             groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
         rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
-        rollouts = make_rollouts(policy, critic, prompts, groups, rewards, config, loop.reference)
+        *outputs, weights = add_trajectories(prompts, groups, rewards, task.played)
+        rollouts = make_rollouts(policy, critic, *outputs, config, loop.reference)
+        rollouts = replace(rollouts, advantages=rollouts.advantages * weights.to(policy.device))
         metrics = update(policy, critic, optimizer, rollouts, adapter, config, step)
         metrics["explained_variance"] = explained_variance(rollouts.values_old, rollouts.returns, rollouts.mask)
         loop.log(step, rollout_metrics(rewards, groups) | metrics | task_metrics, samples)

@@ -128,6 +128,7 @@ def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]
 class AnswerTask:
     """Episodes, rewards and held-out evaluation of the Answer Agent. See Task in support/loop.py."""
     state: dict = {}  # a batch depends on nothing but seed and step
+    played = None  # an output has no trajectory: the bank does not change
 
     def __init__(self, policy: Policy, args: argparse.Namespace):
         self.policy, self.args, self.settings = policy, args, from_args(answer.Settings, args)
@@ -136,13 +137,21 @@ class AnswerTask:
         else:
             self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                      device=args.device, dtype=args.dtype)
-        sizes = {"count": NUM_DIALOGUES, "seed": args.seed, "num_turns": NUM_TURNS} if args.data == "synthetic" else {}
-        self.questions, _ = self.build(data.load(args.data, "train", **sizes), "train")
-        self.dialogues = cli.held_out_dialogues(args, num_turns=NUM_TURNS)
-        self.held_out, self.builds = self.build(self.dialogues, "held out")
-        self.bank_report = manager.bank_report(self.builds) if self.builds else {}
+        self.read_dialogues()
+
+    def read_dialogues(self) -> None:
+        """Collect the questions about all dialogues, and the banks to answer them from."""
+        args, sizes = self.args, {"count": NUM_DIALOGUES, "seed": self.args.seed, "num_turns": NUM_TURNS}
+        self.questions, _ = self.build(data.load(args.data, "train", **sizes if args.data == "synthetic" else {}),
+                                       "train")
+        self.read_held_out()
         if not self.questions:
             raise UsageError(f"--data {args.data}: there is no question to train on")
+
+    def read_held_out(self) -> None:
+        self.dialogues = cli.held_out_dialogues(self.args, num_turns=NUM_TURNS)
+        self.held_out, self.builds = self.build(self.dialogues, "held out")
+        self.bank_report = manager.bank_report(self.builds) if self.builds else {}
 
     def build(self, dialogues: list[Dialogue], name: str) -> tuple[list[BankQuestion], list[manager.BankBuild]]:
         """The frozen Manager's banks, and all questions that are asked at the end of the dialogues."""

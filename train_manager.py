@@ -16,6 +16,8 @@ One episode is one turn of a dialogue:
    Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
 
+`--trajectories N` adds outputs of whole conversations to each step (Memory-R2): see support/trajectories.py.
+
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
 `--bank` and `--teacher` choose.
 """
@@ -45,7 +47,9 @@ from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.held_out import held_out_records
 from support.judge import make_scorer
 from support.loop import make_adapter, run_training
+from support.rollouts import Played
 from support.run import check_distill, check_out
+from support.trajectories import TrajectoryFlags, cut, draw, excess, num_words, outcomes
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
 REAL_DATA = {  # defaults of flags where they differ from those of synthetic data
@@ -82,16 +86,18 @@ LARGE_MODEL = {  # for larger models
 @dataclass(frozen=True)
 class EpisodeFlags:
     window: int = flag(50, "number of turns from which the bank before a turn is built", least=0)
-    bank: str = flag("oracle", "builder of that bank: the Manager being trained (self), the base model (base), or the "
-                     "reference operations that synthetic data has", choices=("self", "base", "oracle"))
-    refresh: int = flag(5, "steps after which new turns are drawn and their banks built", least=1)
+    bank: str = flag("oracle", "builder of that bank: the Manager being trained (self), the base model (base), the "
+                     "reference operations that synthetic data has (oracle), or the Manager in one of --trajectories, "
+                     "from the first turn on (trajectory)", choices=("self", "base", "oracle", "trajectory"))
+    refresh: int = flag(5, "steps after which new turns are drawn and their banks built (1 with --bank trajectory)",
+                        least=1)
     answer_adapter: str | None = flag(None, "run or adapter of the Answer Agent (none: base model)", metavar="DIR")
     max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
     distill: bool = flag(True, "let the Answer Agent select the relevant memories before it answers")
 
 
 @dataclass(frozen=True)
-class ManagerRewardFlags(cli.RewardFlags):
+class ManagerRewardFlags(TrajectoryFlags):
     linked: str = flag("all", "reward of an output: mean score of the linked questions, or all for the lowest score, "
                        "which is 1 only if all answers are right", choices=("mean", "all"))
 
@@ -105,6 +111,7 @@ class Episode:
     questions: tuple[Question, ...]  # linked to the turn, the same for all outputs of a group
     speakers: tuple[str, str]
     dropped: int = 0  # memories that the prompt dropped because of its length
+    words: int = 0  # of the turns that the edited bank is made from
 
 
 def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
@@ -147,6 +154,8 @@ class ManagerTask:
         self.trained = replace(self.base, adapter="manager")  # shares the cache of extracted facts
         self.dialogues = None if args.data == "synthetic" else data.load(args.data, "train")
         self.held_out = cli.held_out_dialogues(args)
+        self.played: Played | None = None  # the trajectories' outputs of this step
+        self.trajectories: list[tuple[Dialogue, manager.BankBuild]] = []
         self.banks: dict = {}  # memories before turn i; only for --bank base on real data, where they stay the same
         self.pool: list[Episode] = []
         self.state: dict = {}  # memories of the pool's banks; a resumed run needs them, as the Manager has changed
@@ -160,6 +169,10 @@ class ManagerTask:
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
+        if self.args.trajectories:
+            self.play(step)
+        if self.args.bank == "trajectory":
+            return self.replayed_episodes(step)
         first = step - (step - 1) % self.args.refresh
         if step == first or not self.pool:
             self.pool = self.make_pool(first)
@@ -173,15 +186,50 @@ class ManagerTask:
         dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
         turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue, self.args.window)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
-        rng, drawn = random.Random(f"{self.args.seed} {first}"), []
-        while len(drawn) < num_episodes:  # turns of a small data set are drawn repeatedly
-            drawn += rng.sample(turns, min(len(turns), num_episodes - len(drawn)))
+        drawn = draw(random.Random(f"{self.args.seed} {first}"), turns, num_episodes)
         self.base.read_facts(dialogues)
         drawn_ids = [first, *([dialogue.id, i] for dialogue, i in drawn)]
         if self.state.get("pool") != drawn_ids:  # equal in a run that is resumed between two refreshes
             self.state = {"pool": drawn_ids, "memories": self.banks_before(drawn)}
         return [self.make_episode(dialogue, i, memories)
                 for (dialogue, i), memories in zip(drawn, self.state["memories"], strict=True)]
+
+    def play(self, step: int) -> None:
+        """Sample the trajectories of a step and score their final banks: the global part."""
+        args, N = self.args, self.args.trajectories
+        rng, seed = random.Random(f"trajectories {args.seed} {step}"), args.seed * 100_000 + step
+        found = self.dialogues or data.load("synthetic", "train", count=args.conversations, seed=seed)
+        found = [one for one in (cut(dialogue, args.horizon) for dialogue in found)
+                 if linked_questions(one, args.window)]
+        copies = [dialogue for dialogue in draw(rng, found, args.conversations) for _ in range(N)]
+        builds = manager.build_banks(self.trained, copies, self.embedder, temperature=args.temperature)
+        self.trajectories = list(zip(copies, builds, strict=True))
+        asked = [(n, question) for n, dialogue in enumerate(copies) for question in dialogue.final_questions()]
+        texts = self.answers([(builds[n].bank, question, copies[n].speakers) for n, question in asked])
+        scores = self.score([(question.text, text, question.answer)
+                             for (_, question), text in zip(asked, texts, strict=True)])
+        rows = []  # (prompt, completion, reward, label)
+        for n, (dialogue, build) in enumerate(self.trajectories):
+            own = [(question, score) for (m, question), score in zip(asked, scores, strict=True) if m == n]
+            penalty = self.penalty(build.bank, num_words(dialogue.turns))
+            rows += [(*build.outputs[i][1:], score - penalty, (n // N, i)) for i, score in outcomes(
+                dialogue, own, args.outcome == "whole").items() if build.outputs[i][1]]
+        prompts, completions, rewards, labels = map(list, zip(*rows, strict=True)) if rows else [[]] * 4
+        self.played = Played(prompts, completions, torch.tensor(rewards), labels,
+                             (args.local_weight, args.global_weight)) if rows else None
+
+    def penalty(self, bank: MemoryBank, words: int) -> float:
+        lam = self.args.compression_penalty
+        return lam and lam * excess(bank, words)
+
+    def replayed_episodes(self, step: int) -> list[Episode]:
+        """Turns of this step's trajectories, each with the bank of its trajectory before the turn: the local part."""
+        turns = [(dialogue, i, [(memory.text, memory.speaker, memory.time) for memory in build.history[i]])
+                 for dialogue, build in self.trajectories
+                 for linked in [linked_questions(dialogue, self.args.window)]
+                 for i, turn in enumerate(dialogue.turns) if turn.id in linked]
+        rng = random.Random(f"{self.args.seed} {step}")
+        return [self.make_episode(*one) for one in draw(rng, turns, self.args.batch_size)]
 
     def banks_before(self, turns: Sequence[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
         """The memories (text, speaker, time) before turn i of each dialogue, built from the `--window` turns before."""
@@ -205,7 +253,9 @@ class ManagerTask:
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
         questions = linked_questions(dialogue, self.args.window)[turn.id]
-        return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped)
+        start = 0 if self.args.bank == "trajectory" else max(0, i - self.args.window)
+        words = num_words(dialogue.turns[start:i + 1])
+        return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped, words)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
         """Rewards (P, G), 0 for an invalid output; metrics of the step; readable samples."""
@@ -216,13 +266,17 @@ class ManagerTask:
         rewards = torch.zeros(len(episodes), len(groups[0]))
         for (i, g), edits in outputs.items():
             scores = [one[self.args.reward] for one in answers[i, edits]]
-            rewards[i, g] = min(scores) if self.args.linked == "all" else sum(scores) / len(scores)
+            score = min(scores) if self.args.linked == "all" else sum(scores) / len(scores)
+            rewards[i, g] = score - self.penalty(banks[i, edits], episodes[i].words)
         ops = Counter(edit.event for edits in outputs.values() for edit in edits)
         bank_sizes = [len(banks[i, edits]) for (i, _), edits in outputs.items()]
         metrics = {"invalid_rate": 1 - len(outputs) / rewards.numel(),
                    "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
                    "ops": {event: ops[event] for event in manager.EVENTS},
                    "bank_size": sum(bank_sizes) / max(1, len(bank_sizes))}
+        if self.played:
+            sizes = [len(build.bank) for _, build in self.trajectories]
+            metrics |= {"outcome": self.played.rewards.mean().item(), "final_bank_size": sum(sizes) / len(sizes)}
         samples = [{"prompt": manager.case_text(one.case.speaker, one.case.time, one.case.shown(), one.case.facts),
                     "completion": groups[i][0].text, "reward": rewards[i, 0].item(),
                     "parts": answers.get((i, outputs.get((i, 0))), "invalid")} for i, one in enumerate(episodes[:4])]
@@ -323,6 +377,10 @@ def arguments(argv=None) -> argparse.Namespace:
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
+    if args.bank == "trajectory":
+        if not getattr(args, "trajectories", 0):
+            raise UsageError("--bank trajectory: add --trajectories 8 (--algo grpo or ppo), which build the banks")
+        args.refresh = 1  # every step has trajectories of its own
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
     return args

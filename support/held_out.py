@@ -26,8 +26,9 @@ def turn_records(dialogue, build) -> dict:
     turns = [{"id": turn.id, "speaker": turn.speaker, "time": turn.time, "text": turn.text,
               "known": asdict(turn.operation) if turn.operation else None, "edits": edits[i] if edits else []}
              for i, turn in enumerate(dialogue.turns)]
-    for turn, (case, output) in zip(turns, build.outputs, strict=False):  # a baseline has no outputs
-        turn |= {"facts": case.facts, "related": [memory.id for memory in case.shown()], "output": output}
+    for turn, (case, _, completion) in zip(turns, build.outputs, strict=False):  # a baseline has no outputs
+        turn |= {"facts": case.facts, "related": [memory.id for memory in case.shown()],
+                 "output": completion.text if completion else ""}
     return {"dialogue": dialogue.id, "speakers": dialogue.speakers, "turns": turns}
 
 

@@ -19,6 +19,7 @@ from support import distributed
 from support.cli import describe_presets, from_args
 from support.packing import describe_out_of_memory
 from support.plots import plot_run
+from support.rollouts import Played
 from support.run import Run, disk_errors, folder_lock, warn_once
 from support.text import reasons_on
 
@@ -29,6 +30,7 @@ PATIENCE = 5  # a run ends after this many steps in a row with a refused update 
 class Task(Protocol):
     """The source of an algorithm's prompts and rewards. It returns the same on all processes."""
     state: dict  # plain Python values that a resumed run needs, saved in the checkpoint
+    played: Played | None  # outputs of whole trajectories, which `batch` sampled for this step; None: no trajectories
 
     def batch(self, step: int) -> list:
         """The episodes of a step, each with a `prompt` of token ids."""
@@ -40,8 +42,11 @@ class Task(Protocol):
         """Held-out results; `when` is "untrained" or "trained"."""
 
 
-def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
-    """A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step."""
+def fit(train, policy, task: Task, run: Run, adapter: str | tuple[str, ...], config) -> None:
+    """
+    A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step; several
+    adapters (train_joint.py) have a folder each.
+    """
     loop = Loop(policy, task, run, adapter, config)
     try:
         train(policy, task, loop, adapter, config)
@@ -52,19 +57,20 @@ def fit(train, policy, task: Task, run: Run, adapter: str, config) -> None:
     if not distributed.rank0_result(run.is_complete, config.steps):
         if distributed.is_rank0():
             with disk_errors(run.folder):
-                policy.save_adapter(adapter, run.folder / "adapter")
+                for name in [adapter] if isinstance(adapter, str) else adapter:
+                    policy.save_adapter(name, run.folder / "adapter" / ("" if name == adapter else name))
         distributed.seed_step(config.seed, config.steps + 1)  # the same numbers if a run resumes here
         run.report(task.evaluate("trained", config.steps))
 
 
-def run_training(algorithm, policy, task: Task, args) -> None:
+def run_training(algorithm, policy, task: Task, args, adapter=None) -> None:
     """`fit` in the folder args.out, locked against other processes, with the settings of the command line."""
     with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
         print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
         if chosen := describe_presets(args):
             print(f"defaults for this model and data: {chosen}", flush=True)
-        fit(algorithm.train, policy, task, run, args.agent, from_args(algorithm.Config, args))
+        fit(algorithm.train, policy, task, run, adapter or args.agent, from_args(algorithm.Config, args))
         if distributed.is_rank0():
             plot_run(args.out)
     print(f"adapter, metrics and samples are in {run.folder}")
@@ -104,7 +110,7 @@ class Loop:
         if done is None:
             done = 0
             self.run.report([*first_results, *self.task.evaluate("untrained", 0)])
-        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=self.adapter,
+        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=str(self.adapter),
                         disable=None)
         with self.run.finish_step_on_interrupt():
             for step in progress:

@@ -1,14 +1,39 @@
 """
 Batches of rollouts: dataclasses with `prompts` (P), `completions` (P x G token ids) and tensors of N = P*G rows, (N,)
-or (N, C), padded to C tokens. grpo.py and ppo.py each define their own.
+or (N, C), padded to C tokens. grpo.py and ppo.py each define their own. Groups may differ in size: the outputs of
+trajectories are groups of one, so then N is the sum of the sizes.
 """
 import random
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 
 from support.packing import pad_right
+
+
+@dataclass(frozen=True)
+class Played:
+    """
+    The outputs of whole trajectories. Each has a prompt of its own, because the outputs before it have changed what it
+    sees. Outputs with equal labels are compared with each other.
+    """
+    prompts: list[list[int]]  # N
+    completions: list  # N policy.Completion
+    rewards: torch.Tensor  # (N,) the outcome of its trajectory
+    labels: list  # N hashable values
+    weights: tuple[float, float] = (1.0, 1.0)  # of the advantages of the step's groups, and of these outputs
+
+    def append_to(self, prompts: list, groups: list[list]) -> tuple[list, list]:
+        """The prompts and groups of a step, and then these outputs as groups of one."""
+        return [*prompts, *self.prompts], [*groups, *([one] for one in self.completions)]
+
+
+def group_rows(completions: list[list]) -> list[range]:
+    """The rows of each group: groups of 2 and 3 completions have the rows 0, 1 and 2, 3, 4."""
+    ends = [*accumulate(map(len, completions))]
+    return [range(end - len(group), end) for group, end in zip(completions, ends, strict=True)]
 
 
 def sampled_tensors(groups, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,9 +46,9 @@ def sampled_tensors(groups, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def select_groups(rollouts, groups: list[int]):
     """The same dataclass with some groups only, padded to the longest completion among them."""
-    completions = [rollouts.completions[i] for i in groups]
-    G, width = len(completions[0]), max(len(ids) for group in completions for ids in group)
-    rows = [i * G + g for i in groups for g in range(G)]
+    completions, places = [rollouts.completions[i] for i in groups], group_rows(rollouts.completions)
+    width = max(len(ids) for group in completions for ids in group)
+    rows = [row for i in groups for row in places[i]]
     values = {field.name: getattr(rollouts, field.name) for field in fields(rollouts)}
     tensors = {name: x[rows, :width] if x.dim() == 2 else x[rows]
                for name, x in values.items() if isinstance(x, torch.Tensor)}
@@ -31,8 +56,15 @@ def select_groups(rollouts, groups: list[int]):
 
 
 def minibatches(rollouts, size: int, seed: str) -> Iterator:
-    """Shuffle the groups and yield `size` of them at a time; 0: all at once. The same order in every process."""
+    """
+    Shuffle the groups and yield `size` of them at a time; 0: all at once. Groups that are smaller than the largest one
+    count by their number of rows. The same order in every process.
+    """
     order = random.Random(seed).sample(range(len(rollouts.prompts)), len(rollouts.prompts))
-    size = size or len(order)
-    for start in range(0, len(order), size):
-        yield select_groups(rollouts, order[start:start + size])
+    sizes = [len(group) for group in rollouts.completions]
+    most, chosen = size * max(sizes) or sum(sizes), []
+    for i in order:
+        chosen.append(i)
+        if sum(sizes[i] for i in chosen) >= most or i == order[-1]:
+            yield select_groups(rollouts, chosen)
+            chosen = []

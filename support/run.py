@@ -37,7 +37,8 @@ from support.distributed import is_rank0, world_size
 LOGS = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 FIXED_SETTINGS = ("agent", "algo", "model", "init_adapter", "rank", "alpha")  # a resumed run cannot change them
 COLUMNS = {  # parts of a line on the terminal
-    "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
+    "eval": "{:9}", "loss": "loss {:.3f}", "reward": "reward {:5.2f}", "manager_reward": "manager {:.2f}",
+    "answer_reward": "answer {:.2f}", "outcome": "outcome {:5.2f}", "zero_std_rate": "zero-std {:.2f}",
     "kl": "kl {:.3f}", "clip_rate": "clip {:.2f}", "entropy": "entropy {:.2f}", "value_loss": "value {:.3f}",
     "explained_variance": "explained {:5.2f}", "completion_tokens": "tokens {:3.0f}",
     "invalid_rate": "invalid {:.2f}", "n": "n {:4.0f}", "em": "em {:.2f}", "f1": "f1 {:.2f}",

@@ -13,6 +13,7 @@ from support.run import Run
 class Toy:
     """The reward is 1 for a reply that begins with a capital letter, which the tiny model rarely writes."""
     state: dict = {}
+    played = None
 
     def __init__(self, policy):
         self.prompt = policy.encode([{"role": "user", "content": "Hello."}])

@@ -30,6 +30,7 @@ from support.distributed import (
     world_size,
 )
 from support.loop import Loop, mean_per_token
+from support.rollouts import Played
 from support.run import read_rows
 
 TEXTS, G = ["Hi", "What is it?", "Spell a word"], 4  # three prompts: one of two processes has two
@@ -43,6 +44,8 @@ CASES = {  # name: algorithm, rewards, settings
     "grpo in many parts": (grpo, REWARDS, MANY),
     "grpo, equal rewards in one process": (grpo, REWARDS[:1] + SAME * 2, {}),
     "grpo, equal rewards": (grpo, SAME * 3, {}),
+    "grpo, trajectories": (grpo, REWARDS, {"played": True, "minibatch": 2}),
+    "ppo, trajectories": (ppo, REWARDS, {"played": True, "minibatch": 2}),
     "grpo, one gradient is not finite": (grpo, REWARDS, {"spoiled": True}),
     "ppo": (ppo, REWARDS, {}),
     "ppo in many parts": (ppo, REWARDS, MANY),
@@ -57,14 +60,17 @@ MANAGER = ["--eval", "0", "--steps", "2", "--batch-size", "5", "--refresh", "1",
 
 class Fixed:
     """Given prompts, completions and rewards."""
-    state = {}
+    state, played = {}, None
 
-    def __init__(self, policy, groups, rewards, spoiled):
+    def __init__(self, policy, groups, rewards, spoiled=False, is_played=False):
         self.prompts, self.given = encode_texts(policy, TEXTS), rewards
         if spoiled:  # a ratio of e^1000, in the last group only
             one = groups[-1][0]
             groups = [*groups[:-1], [Completion(one.ids, [-1000.0] * len(one.ids), True, ""), *groups[-1][1:]]]
         self.groups = groups
+        if is_played:  # six outputs with prompts of different lengths
+            prompts, some = [prompt + prompt[1:i] for i, prompt in enumerate(self.prompts * 2, 1)], sum(groups, [])
+            self.played = Played(prompts, some[:6], torch.tensor([0.0, 1, 0.5, 1, 0, 0]), [*"abcabc"], (1.0, 0.5))
         policy.sample = lambda *_: groups
 
     def batch(self, step):
@@ -104,9 +110,9 @@ class FixedLoop(Loop):
 def one_step(folder, groups, algorithm, rewards, settings):
     """(parameters, gradients, metrics) after one step."""
     settings = dict(settings)
-    policy, spoiled = letter_policy(folder), settings.pop("spoiled", False)
+    policy, kind = letter_policy(folder), (settings.pop("spoiled", False), settings.pop("played", False))
     config = algorithm.Config(**PLAIN | settings)
-    loop = FixedLoop(policy, Fixed(policy, groups, rewards, spoiled), config)
+    loop = FixedLoop(policy, Fixed(policy, groups, rewards, *kind), config)
     algorithm.train(policy, loop.task, loop, "agent", config)
     parameters = [x for group in loop.optimizer.param_groups for x in group["params"]]
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]

@@ -15,6 +15,7 @@ STAGES = {  # every file of the top folder, in reading order: the stages that it
     "sft": {"policy"},
     "train_manager": {"memory", "policy", "manager", "answer", "grpo", "ppo", "sft"},
     "train_answer": {"memory", "policy", "manager", "answer", "grpo", "ppo", "sft"},
+    "train_joint": {"memory", "policy", "grpo", "train_manager", "train_answer"},
     "evaluate": {"memory", "policy", "manager", "answer", "train_manager", "train_answer"},
 }
 ALGORITHMS = ("grpo", "ppo", "sft")

@@ -246,7 +246,7 @@ def test_an_update_follows_the_mean_of_its_setting(tiny, tokens, loss_mean):
 
 class Toy:
     """The reward is the fraction of STAR among the tokens; if prompts matter, only after prompts that hold GOOD."""
-    state = {}
+    state, played = {}, None
 
     def __init__(self, num_prompts=8, prompts_matter=False, reward=None):
         self.num_prompts, self.prompts_matter, self.reward = num_prompts, prompts_matter, reward

@@ -324,6 +324,7 @@ def test_seven_steps_are_seven_functions_called_in_that_order(runs):
 class Broken:
     """A task whose reward is not a number."""
     state: dict = {}
+    played = None
 
     def __init__(self, policy):
         self.prompt = policy.encode([{"role": "user", "content": "Hello."}])

@@ -19,6 +19,7 @@ import train_manager
 from data import UsageError
 from manager import Case, Edit
 from memory import make_embedder
+from policy import Completion
 from support import held_out, story
 from support.run import Run, append_rows, read_rows
 
@@ -46,7 +47,8 @@ def random_builds(dialogues, seed):
                   for id in rng.sample(ids, min(len(ids), rng.randrange(3)))]
         rng.shuffle(edits)
         is_valid = rng.random() > 1 / 7
-        build.outputs.append((Case(turn.speaker, turn.time, (turn.text, HOSTILE[0]), ()), f"{HOSTILE[2]} {HOSTILE[0]}"))
+        build.outputs.append((Case(turn.speaker, turn.time, (turn.text, HOSTILE[0]), ()), [1],
+                              Completion([1], [0.0], True, f"{HOSTILE[2]} {HOSTILE[0]}")))
         return (edits or [Edit("NOOP")]) if is_valid else None
 
     builds = manager.build_in_lockstep(dialogues, EMBEDDER, decide)

@@ -31,6 +31,8 @@ class Letters:
     step, ("batch", 3) for example, that are called there; one at "rewards" may return other rewards.
     """
 
+    played = None
+
     def __init__(self, policy, events=None, num_prompts=4):
         self.policy, self.events, self.num_prompts = policy, events or {}, num_prompts
         self.seen, self.state = [], {"passed": []}  # steps of this process; steps of the run
