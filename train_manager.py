@@ -15,8 +15,7 @@ One episode is one turn of a dialogue:
 4. apply each output's edits to its own fork of the bank, and let the frozen
    Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
-
-`--trajectories N` adds outputs of whole conversations to each step (Memory-R2): see support/trajectories.py.
+6. `--trajectories N` adds outputs of whole conversations (Memory-R2)           support/trajectories.py
 
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
 `--bank` and `--teacher` choose.
@@ -205,12 +204,10 @@ class ManagerTask:
         builds = manager.build_banks(self.trained, copies, self.embedder, temperature=args.temperature)
         self.trajectories = list(zip(copies, builds, strict=True))
         asked = [(n, question) for n, dialogue in enumerate(copies) for question in dialogue.final_questions()]
-        texts = self.answers([(builds[n].bank, question, copies[n].speakers) for n, question in asked])
-        scores = self.score([(question.text, text, question.answer)
-                             for (_, question), text in zip(asked, texts, strict=True)])
+        found = self.scored_answers([(builds[n].bank, question, copies[n].speakers) for n, question in asked])
         rows = []  # (prompt, completion, reward, label)
         for n, (dialogue, build) in enumerate(self.trajectories):
-            own = [(question, score) for (m, question), score in zip(asked, scores, strict=True) if m == n]
+            own = [(question, score) for (m, question), (_, score) in zip(asked, found, strict=True) if m == n]
             penalty = self.penalty(build.bank, num_words(dialogue.turns))
             rows += [(*build.outputs[i][1:], score - penalty, (n // N, i)) for i, score in outcomes(
                 dialogue, own, args.outcome == "whole").items() if build.outputs[i][1]]
@@ -219,8 +216,7 @@ class ManagerTask:
                              (args.local_weight, args.global_weight)) if rows else None
 
     def penalty(self, bank: MemoryBank, words: int) -> float:
-        lam = self.args.compression_penalty
-        return lam and lam * excess(bank, words)
+        return self.args.compression_penalty and self.args.compression_penalty * excess(bank, words)
 
     def replayed_episodes(self, step: int) -> list[Episode]:
         """Turns of this step's trajectories, each with the bank of its trajectory before the turn: the local part."""
@@ -292,15 +288,18 @@ class ManagerTask:
             forks[i, edits] = episodes[i].bank.fork()
             manager.apply_edits(forks[i, edits], edits, episodes[i].turn.speaker, episodes[i].turn.time)
         asked = [(key, question) for key in forks for question in episodes[key[0]].questions]
-        texts = [given.text for _, given in
-                 self.answers([(forks[key], question, episodes[key[0]].speakers) for key, question in asked])]
-        scores = self.score([(question.text, text, question.answer)
-                             for (_, question), text in zip(asked, texts, strict=True)])
+        found = self.scored_answers([(forks[key], question, episodes[key[0]].speakers) for key, question in asked])
         records = {key: [] for key in forks}
-        for (key, question), text, score in zip(asked, texts, scores, strict=True):
+        for (key, question), (text, score) in zip(asked, found, strict=True):
             records[key].append({"question": question.text, "answer": text, "gold": question.answer,
                                  self.args.reward: score})
         return forks, records
+
+    def scored_answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[tuple[str, float]]:
+        """The answers to (bank, question, speakers) triples, with their scores."""
+        texts = [given.text for _, given in self.answers(asked)]
+        return [*zip(texts, self.score([(question.text, text, question.answer) for (_, question, _), text
+                                        in zip(asked, texts, strict=True)]), strict=True)]
 
     def answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[tuple]:
         """The frozen Answer Agent on (bank, question, speakers) triples, in one batch: (AnswerPrompt, Answer) pairs."""
@@ -377,10 +376,9 @@ def arguments(argv=None) -> argparse.Namespace:
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
-    if args.bank == "trajectory":
-        if not getattr(args, "trajectories", 0):
-            raise UsageError("--bank trajectory: add --trajectories 8 (--algo grpo or ppo), which build the banks")
-        args.refresh = 1  # every step has trajectories of its own
+    if args.bank == "trajectory" and not getattr(args, "trajectories", 0):
+        raise UsageError("--bank trajectory: add --trajectories 8 (--algo grpo or ppo), which build the banks")
+    args.refresh = 1 if args.bank == "trajectory" else args.refresh  # every step has trajectories of its own
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
     return args

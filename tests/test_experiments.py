@@ -73,7 +73,7 @@ def check_small_bank(train_manager):
     task.policy = policy
     task.score = lambda triples: [answer.exact_match(given, gold) for _, given, gold in triples]
     task.args = Namespace(linked="all", reward="em", memories=8, named_only=False, floor=None, max_prompt_tokens=None,
-                          max_answer_tokens=8, answer_adapter=None)
+                          max_answer_tokens=8, answer_adapter=None, compression_penalty=0)
     bank = MemoryBank(make_embedder("hash"))
     bank.add("Jon drives a Kia.", "Jon", "1 May 2023")
     turn = Turn("D1:2", 1, "Jon", "I have a dog named Buddy.", "8 May 2023")

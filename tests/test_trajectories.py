@@ -12,6 +12,7 @@ import grpo
 import manager
 import ppo
 import train_manager
+from answer import Answer
 from data import Dialogue, Question, Turn, UsageError
 from policy import Completion, Policy
 from support.rollouts import Played, group_rows, minibatches
@@ -256,8 +257,12 @@ def played_by_hand(tmp_path, *flags):
             stored[1] = ['[{"event": "NOOP"}]']
         return [[Completion([5], [0.0], True, text) for text in group] for group in stored]
     made.policy.sample = sample
-    made.answers = lambda asked: [" ".join(word for word in ("Rex", "Tom") if word in question.answer and any(
-        word in memory.text for memory in bank)) for bank, question, _ in asked]
+
+    def answers(asked):
+        known = [" ".join(word for word in ("Rex", "Tom") if word in question.answer and any(
+            word in memory.text for memory in bank)) for bank, question, _ in asked]
+        return [(None, Answer(text, (), True)) for text in known]
+    made.answers = answers
     return made, made.batch(1)
 
 
