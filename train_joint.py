@@ -60,7 +60,7 @@ class CurrentBanks(train_answer.AnswerTask):
     def batch(self, step: int) -> list[train_answer.Episode]:
         first = step - (step - 1) % self.refresh
         if self.first != first:
-            dialogues = self.dialogues(first)
+            dialogues = self.training_dialogues(first)
             if self.state.get("first") != first:  # equal in a run that is resumed between two refreshes
                 _, builds = self.build(dialogues, "train")
                 self.state = {"first": first, "banks": [[(memory.text, memory.speaker, memory.time,
@@ -69,7 +69,7 @@ class CurrentBanks(train_answer.AnswerTask):
             self.first, self.questions = first, self.collect(dialogues)
         return super().batch(step)
 
-    def dialogues(self, first: int) -> list[data.Dialogue]:
+    def training_dialogues(self, first: int) -> list[data.Dialogue]:
         seed = self.args.seed * 100_000 + first
         if self.args.data == "synthetic":
             return data.load("synthetic", "train", count=self.count, seed=seed, num_turns=train_answer.NUM_TURNS)

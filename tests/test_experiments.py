@@ -70,7 +70,7 @@ def check_small_bank(train_manager):
     from policy import Completion
     policy = Fake(lambda messages: f"answer: {'Buddy' if 'Buddy' in messages[-1]['content'] else 'none'}")
     task = object.__new__(train_manager.ManagerTask)
-    task.policy = policy
+    task.policy, task.played = policy, None
     task.score = lambda triples: [answer.exact_match(given, gold) for _, given, gold in triples]
     task.args = Namespace(linked="all", reward="em", memories=8, named_only=False, floor=None, max_prompt_tokens=None,
                           max_answer_tokens=8, answer_adapter=None, compression_penalty=0)
