@@ -192,8 +192,7 @@ class Evaluator:
     def build_banks(self, source: str, dialogues: Sequence[Dialogue]) -> dict[str, tuple]:
         """{dialogue id: (speakers, bank, its description)}. The times do not include the extraction of facts."""
         args, (policy, adapter) = self.args, self.agents[source]
-        max_prompt_tokens = None if source == "endpoint" else args.max_prompt_tokens
-        settings = manager.Settings(args.top_k, args.extract, max_prompt_tokens, args.max_new_tokens)
+        settings = manager.Settings(args.top_k, args.extract, args.max_prompt_tokens, args.max_new_tokens)
         recorded = self.recorded(policy)
         agent = manager.Manager(recorded, adapter, settings, self.facts[policy.name])
         if source not in BUILDERS:

@@ -364,7 +364,7 @@ class ManagerTask:
         count = math.ceil(self.args.steps * self.args.batch_size / 20)  # synthetic dialogues of 20 turns
         dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed, count=count)
         self.base.read_facts(dialogues)
-        teacher = replace(self.base, policy=self.teacher, settings=replace(self.base.settings, max_prompt_tokens=None))
+        teacher = replace(self.base, policy=self.teacher)
         builds = manager.build_banks(teacher, dialogues, self.embedder, progress=f"teacher: {self.teacher.name}")
         return [decision for build in builds for decision in build.decisions]
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -146,15 +147,17 @@ class Endpoint:
         words = normalize_whitespace(str(words).replace(self.key or "\0", "***"))[:200]
         return UsageError(f"no reply from {self.url} ({words}): check {self.variables}, then run the command again")
 
-    # The methods of a Policy. Prompt ids are the bytes of the chat; reply ids are unknown.
+    # The methods of a Policy. A prompt id is four bytes of the chat, about a token; reply ids are unknown.
 
     def encode(self, messages: list[dict]) -> list[int]:
-        return list(json.dumps(messages).encode())
+        chat = json.dumps(messages).encode()
+        return array("I", chat + b" " * (-len(chat) % 4)).tolist()
 
     def using(self, adapter):
         return nullcontext(self)
 
     def sample(self, prompts, n=1, max_new_tokens=64, temperature=0):
         """One greedy completion per prompt, whatever `n` and `temperature` are. Rank 0 sends the requests."""
-        replies = rank0_result(self.read_replies, [json.loads(bytes(prompt)) for prompt in prompts], max_new_tokens)
+        chats = [json.loads(array("I", prompt).tobytes()) for prompt in prompts]
+        replies = rank0_result(self.read_replies, chats, max_new_tokens)
         return [[SimpleNamespace(ids=[], logps=[], finished=is_finished, text=text)] for text, is_finished in replies]
