@@ -234,7 +234,6 @@ class Manager:
 class BankBuild:
     """A bank and the record of how it was built."""
     bank: MemoryBank
-    decisions: list[tuple[Case, list[Edit] | None]] = field(default_factory=list)  # one per completion
     ops: Counter = field(default_factory=Counter)  # edits by event, and what was lost: see `bank_report`
     num_matching: int = 0  # turns whose edit equals the reference operation
     num_labeled: int = 0  # turns that have a reference operation
@@ -243,6 +242,11 @@ class BankBuild:
     edits: list[list[Edit] | None] = field(default_factory=list)  # of each turn, None if its output was invalid
     outputs: list[tuple] = field(default_factory=list)  # of each turn: (case, prompt, Completion); see `sample_edits`
     history: list[list[Memory]] = field(default_factory=list)  # memories before each turn, if outputs were sampled
+
+    @property
+    def decisions(self) -> list[tuple[Case, list[Edit] | None]]:
+        """(case, edits) of each completion."""
+        return [(case, edits) for (case, *_), edits in zip(self.outputs, self.edits, strict=False) if case.facts]
 
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
@@ -292,8 +296,6 @@ def build_banks(manager: Manager, dialogues, embedder, progress="", temperature=
             facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()
             build.ops += Counter(unread_facts=facts.skipped, skipped=edited.skipped, cut_texts=facts.cut + edited.cut)
             build.outputs.append((case, *output))
-            if case.facts:
-                build.decisions.append((case, edits))
         return [edits for edits, *_ in predicted]
 
     manager.read_facts(dialogues)

@@ -4,6 +4,7 @@ from datetime import datetime
 from itertools import product
 
 from data import UsageError, is_tiny
+from support.text import normalize_whitespace
 
 DATE = datetime(2024, 7, 26)  # for templates that write today's date: prompts must not change from day to day
 OPTIONS = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False}  # names that templates of Llama and Qwen3 read
@@ -47,7 +48,7 @@ class ChatTemplate:
             try:
                 text = self.render([message("system", SYSTEM), message("user", USER)], tokenize=False)
             except Exception as error:  # whatever a template raises; some refuse system messages
-                reason = " ".join(str(error).split())[:200]
+                reason = normalize_whitespace(str(error))[:200]
                 continue
             if SYSTEM in text and USER in text:
                 break

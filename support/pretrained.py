@@ -9,6 +9,7 @@ from transformers.integrations.gguf import reader
 
 from data import UsageError
 from support.packing import describe_out_of_memory
+from support.text import normalize_whitespace
 
 SOURCES = "give a hub id, a folder with config.json, safetensors, tokenizer.json, or a .gguf file"
 SMALL = 50_000_000  # parameters; smaller models are fast enough in float32
@@ -43,7 +44,8 @@ def num_parameters(name) -> int:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     except Exception as error:  # many kinds, as below
-        raise UsageError(f"model {name}: its size cannot be read ({one_line(error)}); {SOURCES}") from None
+        reason = normalize_whitespace(str(error))[:300]
+        raise UsageError(f"model {name}: its size cannot be read ({reason}); {SOURCES}") from None
 
 
 def gguf_header(folder: str, gguf_file: str) -> tuple[dict, list]:
@@ -92,14 +94,10 @@ def load_pretrained(name, device=None, dtype=None):
         if reason := describe_out_of_memory(error):
             raise UsageError(f"model {name} as {dtype} on {device}: {reason}; choose a smaller model"
                              f"{' or --dtype bfloat16' * (dtype == 'float32')}") from None
-        raise UsageError(f"model {name} as {dtype} on {device}: cannot be loaded ({one_line(error)}); "
-                         f"{SOURCES}") from None
+        raise UsageError(f"model {name} as {dtype} on {device}: cannot be loaded "
+                         f"({normalize_whitespace(str(error))[:300]}); {SOURCES}") from None
     if loading["missing_keys"]:  # transformers would initialize them at random
         raise UsageError(f"model {name}: no weights for {min(loading['missing_keys'])}; save the model again")
     if not tokenizer.chat_template:
         raise UsageError(f"model {name}: its tokenizer has no chat template; choose an instruct model")
     return model, tokenizer
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -50,6 +50,15 @@ class Fake:
         return [[Completion([0], [0.0], True, text)] * n for text in texts]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules with models so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def fake():
     return Fake

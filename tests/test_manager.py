@@ -351,7 +351,8 @@ def test_a_case_without_facts_is_not_sent_to_the_model(fake):
 
 def test_a_report_of_some_banks():
     three = [Edit("ADD", None, text) for text in "abc"]
-    builds = [manager.BankBuild(BANK, [(CASE, three), (CASE, None)], Counter(ADD=3, invalid=1, NOOP=1)),
+    builds = [manager.BankBuild(BANK, Counter(ADD=3, invalid=1, NOOP=1), edits=[three, None],
+                                outputs=[(CASE, [1], None)] * 2),
               manager.BankBuild(MemoryBank(HASH), ops=Counter(ADD=1, skipped=1, unread_facts=2, cut_texts=3),
                                 num_matching=1, num_labeled=4)]
     report = bank_report(builds)

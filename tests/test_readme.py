@@ -63,12 +63,7 @@ def section(page, title):
     return re.split(rf"^##+ {re.escape(title)}\n", PAGES[page], flags=re.MULTILINE)[1].split("\n## ")[0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ text and links

@@ -22,12 +22,7 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", [grpo, ppo])
 SMALL = ["--eval", "0", "--bank", "trajectory", "--trajectories", "3", "--batch-size", "4", "--group-size", "2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ advantages
