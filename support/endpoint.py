@@ -12,6 +12,7 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 from tqdm import tqdm
@@ -59,7 +60,7 @@ class Endpoint:
                                     **{"timeout": 60, "max_retries": 5, **client_options})
         self.headers = {"Authorization": f"Bearer {key}" if key else openai.omit}  # never the client's default key
         self.refused: set[str] = set()  # parameters that the model does not accept
-        self.cache = Path(cache).expanduser() if cache else None
+        self.cache, self.cache_lock = Path(cache).expanduser() if cache else None, Lock()
         try:
             if cache:
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,8 @@ class Endpoint:
             if is_finished:
                 self.replies[key] = text
                 if self.cache:
-                    append_rows(self.cache, [{"key": key, "reply": text}])
+                    with self.cache_lock:  # else a thread may see half of another's line and end it
+                        append_rows(self.cache, [{"key": key, "reply": text}])
             return text, is_finished
 
         with ThreadPoolExecutor(self.parallel) as pool:
