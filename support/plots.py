@@ -17,7 +17,8 @@ from support.report import OPERATIONS
 from support.run import disk_errors, read_config, read_rows, warn_once
 
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
-STYLES = {"grpo": (BLUE, "-"), "ppo": (VERMILION, "--"), "sft": ("#000000", ":")}
+STYLES = {"grpo": (BLUE, "-"), "ppo": (VERMILION, "--"), "sft": ("#000000", ":"), "joint": ("#009E73", "-.")}
+TITLES = {"manager": "Memory Manager", "answer": "Answer Agent"}
 PANELS = {"reward": "reward", "loss": "loss\n(nats per token)", "kl": "KL to reference\n(nats per token)",
           "ops": "operations\n(fraction)", "bank_size": "bank size\n(memories)"}
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
@@ -54,24 +55,29 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def plot_run(folder: str | Path) -> Path | None:
     """Draw curve.png from metrics.jsonl: reward or loss, KL, and the Manager's operations and bank size."""
-    rows, path = read_rows(Path(folder) / "metrics.jsonl"), Path(folder) / "curve.png"
-    held_out = [row for row in rows if row.get("eval") in ("untrained", "trained")]
-    rows = [row for row in rows if "eval" not in row]
-    panels = [key for key in PANELS if any(row.get(key) is not None for row in rows)]
-    figure = new_figure(path.name, 7, 0.6 + 2 * len(panels)) if panels else None
+    runs, path = read_runs(folder), Path(folder) / "curve.png"
+    panels = [key for key in PANELS if any(row.get(key) is not None for run in runs for row in run["steps"])]
+    figure = new_figure(path.name, 7 * len(runs), 0.6 + 2 * len(panels)) if panels else None
     if figure is None:
         return None
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    grid = figure.subplots(len(panels), len(runs), sharex=True, squeeze=False)
+    for axes, run in zip(grid.T, runs, strict=True):
+        plot_agent(axes, run, panels)
+    save_figure(figure, path)
+    return path
+
+
+def plot_agent(axes, run: dict, panels: Sequence[str]) -> None:
+    held_out = [result for when, result in run["results"].items() if when in ("untrained", "trained")]
     for ax, key in zip(axes, panels, strict=True):
-        draw_operations(ax, rows) if key == "ops" else draw_curve(ax, rows, key)
+        draw_operations(ax, run["steps"]) if key == "ops" else draw_curve(ax, run["steps"], key)
         ax.set_ylabel(PANELS[key])
     if held_out and panels[0] == "reward":
         axes[0].plot(column(held_out, "step"), column(held_out, "em"), "kD", clip_on=False, label="held-out EM")
     axes[0].legend(**ABOVE)
+    axes[0].set_title(TITLES[run["agent"]], loc="left")
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path)
-    return path
 
 
 def draw_curve(ax, rows: Sequence[dict], key: str) -> None:
@@ -88,12 +94,19 @@ def draw_operations(ax, rows: Sequence[dict]) -> None:
     ax.legend(**ABOVE)
 
 
-def read_run(folder: str | Path) -> dict:
-    """Name, agent and algorithm of a run, its training rows and its held-out results."""
+def read_runs(folder: str | Path) -> list[dict]:
+    """
+    A run's name, agent, algorithm, training rows and held-out results. A run of train_joint.py counts as two, with
+    metrics such as `manager_reward`.
+    """
     config, rows = read_config(folder), read_rows(Path(folder, "metrics.jsonl"))
-    return {"name": Path(folder).name, "agent": config["agent"], "algo": config["algo"],
-            "steps": [row for row in rows if "eval" not in row],
-            "results": {row["eval"]: row for row in rows if "eval" in row}}
+    is_joint, name = config["agent"] == "joint", Path(folder).name
+    return [{"name": f"{name}: {agent}" if is_joint else name, "agent": agent,
+             "algo": "joint" if is_joint else config["algo"],
+             "steps": [row | {key.removeprefix(f"{agent}_"): value for key, value in row.items()
+                              if key.startswith(f"{agent}_")} for row in rows if "eval" not in row],
+             "results": {row["eval"]: row for row in rows if "eval" in row and row.get("agent", agent) == agent}}
+            for agent in (("manager", "answer") if is_joint else (config["agent"],))]
 
 
 def table_of_runs(runs: Sequence[dict]) -> str:
@@ -122,7 +135,7 @@ def plot_runs(runs: Sequence[dict], path: str | Path) -> None:
     for axes, agent in zip(figure.subplots(len(agents), 2, sharey="row", squeeze=False), agents, strict=True):
         for ax, unit in zip(axes, ("step", "seconds"), strict=True):
             draw_rewards(ax, [run for run in runs if run["agent"] == agent], unit)
-        axes[0].set_ylabel(f"reward, {'Memory Manager' if agent == 'manager' else 'Answer Agent'}")
+        axes[0].set_ylabel(f"reward, {TITLES[agent]}")
         axes[0].set_ylim(bottom=0)
         axes[0].legend(frameon=False, loc="lower right")
     save_figure(figure, path)
@@ -138,7 +151,7 @@ def draw_rewards(ax, runs: Sequence[dict], unit: str) -> None:
             ax.plot(*curves[-1], color=color, linewidth=0.7, alpha=0.5)
         if curves:
             x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
-            label = f"{algo.upper()}, {len(curves)} run{'s' * (len(curves) > 1)}"
+            label = f"{'joint' if algo == 'joint' else algo.upper()}, {len(curves)} run{'s' * (len(curves) > 1)}"
             ax.plot(x, np.mean([np.interp(x, *curve) for curve in curves], axis=0), color=color, linewidth=2.2,
                     linestyle=style, label=label)
     ax.set_xlabel("step" if unit == "step" else "seconds of training")
@@ -152,7 +165,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--out {args.out}: give a name that ends in .png, .pdf or .svg")
-    runs = [read_run(folder) for folder in args.runs]
+    runs = [run for folder in args.runs for run in read_runs(folder)]
     print(table_of_runs(runs))
     plot_runs(runs, args.out)
 

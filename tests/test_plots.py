@@ -8,7 +8,7 @@ import pytest
 
 from data import UsageError
 from support import plots
-from support.plots import plot_run, plot_runs, read_run, table_of_runs
+from support.plots import plot_run, plot_runs, read_runs, table_of_runs
 from support.run import warn_once
 
 PNG = b"\x89PNG"
@@ -56,11 +56,11 @@ def two_runs(tmp_path):
 
 
 def test_several_runs(two_runs, tmp_path):
-    found = [read_run(folder) for folder in two_runs]
+    found = [run for folder in two_runs for run in read_runs(folder)]
     assert table_of_runs(found).splitlines()[2:] == [  # 12 steps of half a minute; the mean of .15, .20, ... .60
         "| a: trained | 0.500 | 8.500 | 6.0 |  |", "| b: trained | 0.750 | 8.500 | 6.0 | 0.38 |"]
     with pytest.raises(UsageError, match="is not a run's folder"):
-        read_run(tmp_path)
+        read_runs(tmp_path)
     pytest.importorskip("matplotlib")
     plot_runs(found, tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes().startswith(PNG)
@@ -68,9 +68,25 @@ def test_several_runs(two_runs, tmp_path):
 
 def test_a_run_in_progress_has_a_row(tmp_path):
     steps = [{"step": 1, "reward": 0.5, "seconds": 6}, {"step": 0, "eval": "untrained", "em": 0.25}]
-    assert table_of_runs([read_run(write_run(tmp_path / "c", steps))]).splitlines() == [
+    assert table_of_runs(read_runs(write_run(tmp_path / "c", steps))).splitlines() == [
         "| run | em | minutes | explained variance |", "| --- | --- | --- | --- |",
         "| c: untrained | 0.250 |  |  |", "| c: trained |  | 0.1 |  |"]
+
+
+def test_a_joint_run_is_a_run_of_each_agent(tmp_path):
+    rows = [{"step": 0, "eval": "untrained", "agent": "manager", "em": .5},
+            {"step": 0, "eval": "untrained", "agent": "answer", "em": .25},
+            {"step": 1, "reward": .5, "manager_reward": .75, "answer_reward": .25, "answer_selected": 3, "seconds": 6}]
+    found = read_runs(write_run(tmp_path / "j", rows, agent="joint"))
+    assert [(run["name"], run["agent"], run["algo"]) for run in found] == [
+        ("j: manager", "manager", "joint"), ("j: answer", "answer", "joint")]
+    assert [run["steps"][0]["reward"] for run in found] == [.75, .25]
+    assert [run["steps"][0].get("selected") for run in found] == [None, 3]
+    assert [run["results"]["untrained"]["em"] for run in found] == [.5, .25]
+    pytest.importorskip("matplotlib")
+    assert plot_run(tmp_path / "j").read_bytes().startswith(PNG)
+    plot_runs(found, tmp_path / "joint.png")
+    assert (tmp_path / "joint.png").read_bytes().startswith(PNG)
 
 
 def test_the_command(two_runs, monkeypatch, tmp_path, capsys):
