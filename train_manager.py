@@ -25,7 +25,7 @@ import argparse
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,7 +38,7 @@ import manager
 import ppo
 import sft
 from data import Dialogue, Question, Turn, UsageError, is_tiny
-from memory import MemoryBank, make_embedder
+from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import cli
 from support.cli import flag, from_args
@@ -88,8 +88,7 @@ class EpisodeFlags:
     bank: str = flag("oracle", "builder of that bank: the Manager being trained (self), the base model (base), the "
                      "reference operations that synthetic data has (oracle), or the Manager in one of --trajectories, "
                      "from the first turn on (trajectory)", choices=("self", "base", "oracle", "trajectory"))
-    refresh: int = flag(5, "steps after which new turns are drawn and their banks built (1 with --bank trajectory)",
-                        least=1)
+    refresh: int = flag(5, "steps after which new turns are drawn, their banks built and trajectories sampled", least=1)
     answer_adapter: str | None = flag(None, "run or adapter of the Answer Agent (none: base model)", metavar="DIR")
     max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
     distill: bool = flag(True, "let the Answer Agent select the relevant memories before it answers")
@@ -143,6 +142,10 @@ def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> s
             f"--window {args.window} turns apart")
 
 
+def contents(memories: Iterable[Memory]) -> list[tuple[str, str, str]]:
+    return [(memory.text, memory.speaker, memory.time) for memory in memories]
+
+
 class ManagerTask:
     """Episodes, rewards, held-out evaluation and demonstrations of the Manager. See Task in support/loop.py."""
 
@@ -168,39 +171,46 @@ class ManagerTask:
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
-        if self.args.trajectories:
-            self.play(step)
-        if self.args.bank == "trajectory":
-            return self.replayed_episodes(step)
         first = step - (step - 1) % self.args.refresh
+        self.played = None
         if step == first or not self.pool:
-            self.pool = self.make_pool(first)
+            self.pool = self.make_pool(first, step == first)
         start = (step - first) * self.args.batch_size
         return self.pool[start:start + self.args.batch_size]
 
-    def make_pool(self, first: int) -> list[Episode]:
+    def make_pool(self, first: int, is_new: bool) -> list[Episode]:
         """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
-        num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
-        count, seed = math.ceil(num_episodes / 4), self.args.seed * 100_000 + first  # about four turns per dialogue
-        dialogues = self.dialogues or data.load("synthetic", "train", count=count, seed=seed)
-        turns = [(dialogue, i) for dialogue in dialogues for linked in [linked_questions(dialogue, self.args.window)]
+        if self.args.bank == "trajectory":
+            num_episodes, dialogues = self.args.batch_size * self.args.refresh, self.copies(first)
+        else:
+            num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
+            dialogues = self.training_dialogues(first, math.ceil(num_episodes / 4))  # about four turns per dialogue
+        turns = [(n, i) for n, dialogue in enumerate(dialogues)
+                 for linked in [linked_questions(dialogue, self.args.window)]
                  for i, turn in enumerate(dialogue.turns) if turn.id in linked]
         drawn = draw(random.Random(f"{self.args.seed} {first}"), turns, num_episodes)
         self.base.read_facts(dialogues)
-        drawn_ids = [first, *([dialogue.id, i] for dialogue, i in drawn)]
-        if self.state.get("pool") != drawn_ids:  # equal in a run that is resumed between two refreshes
-            self.state = {"pool": drawn_ids, "memories": self.banks_before(drawn)}
-        return [self.make_episode(dialogue, i, memories)
-                for (dialogue, i), memories in zip(drawn, self.state["memories"], strict=True)]
+        key = [first, *([dialogues[n].id, n, i] for n, i in drawn)]
+        if is_new or self.state.get("pool") != key:  # equal in a run that is resumed between two refreshes
+            if self.args.trajectories:
+                self.play(first)
+            self.state = {"pool": key, "memories": self.banks_before(dialogues, drawn)}
+        return [self.make_episode(dialogues[n], i, memories)
+                for (n, i), memories in zip(drawn, self.state["memories"], strict=True)]
 
-    def play(self, step: int) -> None:
-        """Sample the trajectories of a step and score their final banks: the global part."""
-        args, N = self.args, self.args.trajectories
-        rng, seed = random.Random(f"trajectories {args.seed} {step}"), args.seed * 100_000 + step
-        found = self.dialogues or data.load("synthetic", "train", count=args.conversations, seed=seed)
-        found = [one for one in (cut(dialogue, args.horizon) for dialogue in found)
-                 if linked_questions(one, args.window)]
-        copies = [dialogue for dialogue in draw(rng, found, args.conversations) for _ in range(N)]
+    def training_dialogues(self, first: int, count: int) -> list[Dialogue]:
+        return self.dialogues or data.load("synthetic", "train", count=count, seed=self.args.seed * 100_000 + first)
+
+    def copies(self, first: int) -> list[Dialogue]:
+        """The conversations that get trajectories, up to `--horizon`: each one N times in a row."""
+        args, rng = self.args, random.Random(f"trajectories {self.args.seed} {first}")
+        found = [cut(dialogue, args.horizon) for dialogue in self.training_dialogues(first, args.conversations)]
+        found = [dialogue for dialogue in found if linked_questions(dialogue, args.window)]
+        return [dialogue for dialogue in draw(rng, found, args.conversations) for _ in range(args.trajectories)]
+
+    def play(self, first: int) -> None:
+        """Sample trajectories and score their final banks: the global part."""
+        args, copies = self.args, self.copies(first)
         builds = manager.build_banks(self.trained, copies, self.embedder, temperature=args.temperature)
         self.trajectories = list(zip(copies, builds, strict=True))
         asked = [(n, question) for n, dialogue in enumerate(copies) for question in dialogue.final_questions()]
@@ -209,7 +219,7 @@ class ManagerTask:
         for n, (dialogue, build) in enumerate(self.trajectories):
             own = [(question, score) for (m, question), (_, score) in zip(asked, found, strict=True) if m == n]
             penalty = self.penalty(build.bank, num_words(dialogue.turns))
-            rows += [(*build.outputs[i][1:], score - penalty, (n // N, i)) for i, score in outcomes(
+            rows += [(*build.outputs[i][1:], score - penalty, (n // args.trajectories, i)) for i, score in outcomes(
                 dialogue, own, args.outcome == "whole").items() if build.outputs[i][1]]
         prompts, completions, rewards, labels = map(list, zip(*rows, strict=True)) if rows else [[]] * 4
         self.played = Played(prompts, completions, torch.tensor(rewards), labels,
@@ -218,17 +228,14 @@ class ManagerTask:
     def penalty(self, bank: MemoryBank, words: int) -> float:
         return self.args.compression_penalty and self.args.compression_penalty * excess(bank, words)
 
-    def replayed_episodes(self, step: int) -> list[Episode]:
-        """Turns of this step's trajectories, each with the bank of its trajectory before the turn: the local part."""
-        turns = [(dialogue, i, [(memory.text, memory.speaker, memory.time) for memory in build.history[i]])
-                 for dialogue, build in self.trajectories
-                 for linked in [linked_questions(dialogue, self.args.window)]
-                 for i, turn in enumerate(dialogue.turns) if turn.id in linked]
-        rng = random.Random(f"{self.args.seed} {step}")
-        return [self.make_episode(*one) for one in draw(rng, turns, self.args.batch_size)]
-
-    def banks_before(self, turns: Sequence[tuple[Dialogue, int]]) -> list[list[tuple[str, str, str]]]:
-        """The memories (text, speaker, time) before turn i of each dialogue, built from the `--window` turns before."""
+    def banks_before(self, dialogues: Sequence[Dialogue], drawn: Sequence[tuple[int, int]]) -> list[list[tuple]]:
+        """
+        The memories (text, speaker, time) before turn i of dialogue n, for each (n, i) of `drawn`: those of trajectory
+        n, or built from the `--window` turns before.
+        """
+        if self.args.bank == "trajectory":
+            return [contents(self.trajectories[n][1].history[i]) for n, i in drawn]
+        turns = [(dialogues[n], i) for n, i in drawn]
         banks = self.banks if self.dialogues and self.args.bank == "base" else {}
         missing = {(dialogue.id, i): replace(dialogue, turns=dialogue.turns[max(0, i - self.args.window):i])
                    for dialogue, i in turns if (dialogue.id, i) not in banks}
@@ -237,8 +244,7 @@ class ManagerTask:
         else:
             builder = self.trained if self.args.bank == "self" else self.base
             builds = manager.build_banks(builder, [*missing.values()], self.embedder)
-        banks |= {key: [(memory.text, memory.speaker, memory.time) for memory in build.bank]
-                  for key, build in zip(missing, builds, strict=True)}
+        banks |= {key: contents(build.bank) for key, build in zip(missing, builds, strict=True)}
         return [banks[dialogue.id, i] for dialogue, i in turns]
 
     def make_episode(self, dialogue: Dialogue, i: int, memories: Sequence[tuple[str, str, str]]) -> Episode:
@@ -378,7 +384,6 @@ def arguments(argv=None) -> argparse.Namespace:
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
     if args.bank == "trajectory" and not getattr(args, "trajectories", 0):
         raise UsageError("--bank trajectory: add --trajectories 8 (--algo grpo or ppo), which build the banks")
-    args.refresh = 1 if args.bank == "trajectory" else args.refresh  # every step has trajectories of its own
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
     return args
