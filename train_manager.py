@@ -1,6 +1,6 @@
 """
-Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). In reinforcement learning the only signal
-is whether the questions linked to a turn are answered correctly from the edited bank.
+Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). The only signal of reinforcement learning
+is whether questions are answered correctly from the edited bank.
 
     python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --steps 50
@@ -9,13 +9,14 @@ is whether the questions linked to a turn are answered correctly from the edited
     torchrun --nproc_per_node=4 train_manager.py --model ...  # one process per GPU: see support/distributed.py
 
 One episode is one turn of a dialogue:
-1. find the memories before the turn, from the `--window` turns before it       ManagerTask.banks_before
+1. take the bank before the turn: from a sampled trajectory of the whole
+   dialogue (Memory-R2), or from other builders (--bank)                        ManagerTask.play, banks_before
 2. prompt the Manager with the facts of the turn and the related memories       ManagerTask.make_episode
 3. sample G outputs                                                             grpo.train, ppo.train
 4. apply each output's edits to its own fork of the bank, and let the frozen
    Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
-6. `--trajectories N` adds outputs of whole conversations (Memory-R2)           support/trajectories.py
+6. the outputs of trajectories are trained on too, by their final banks         support/trajectories.py
 
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
 `--bank` and `--teacher` choose.
@@ -24,7 +25,7 @@ import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +46,7 @@ from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.held_out import held_out_records
 from support.judge import make_scorer
+from support.links import describe_links, linked_questions
 from support.loop import make_adapter, run_training
 from support.rollouts import Played
 from support.run import check_distill, check_out
@@ -85,10 +87,12 @@ LARGE_MODEL = {  # for larger models
 @dataclass(frozen=True)
 class EpisodeFlags:
     window: int = flag(50, "number of turns from which the bank before a turn is built", least=0)
-    bank: str = flag("oracle", "builder of that bank: the Manager being trained (self), the base model (base), the "
-                     "reference operations that synthetic data has (oracle), or the Manager in one of --trajectories, "
-                     "from the first turn on (trajectory)", choices=("self", "base", "oracle", "trajectory"))
-    refresh: int = flag(5, "steps after which new turns are drawn, their banks built and trajectories sampled", least=1)
+    bank: str | None = flag(None, "builder of that bank: the Manager in one of --trajectories, from the first turn on "
+                            "(trajectory), the Manager being trained (self), the base model (base), or the reference "
+                            "operations of synthetic data (oracle; default with --trajectories 0)",
+                            choices=("trajectory", "self", "base", "oracle"))
+    refresh: int | None = flag(None, "steps after which turns are drawn, their banks built, and trajectories sampled "
+                               "(3 with --bank trajectory, else 5)", least=1)
     answer_adapter: str | None = flag(None, "run or adapter of the Answer Agent (none: base model)", metavar="DIR")
     max_answer_tokens: int = flag(48, "longest output of the Answer Agent in tokens", least=1)
     distill: bool = flag(True, "let the Answer Agent select the relevant memories before it answers")
@@ -110,36 +114,6 @@ class Episode:
     speakers: tuple[str, str]
     dropped: int = 0  # memories that the prompt dropped because of its length
     words: int = 0  # of the turns that the edited bank is made from
-
-
-def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
-    """
-    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
-    Other data asks at the end: a question scores the turn of its last evidence, if the bank before that turn, which is
-    built from `window` turns, can hold the rest. Later or older evidence would make the reward depend on other turns.
-    """
-    linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
-    places = {turn.id: i for i, turn in enumerate(dialogue.turns)}
-    for question in dialogue.questions:
-        evidence = sorted(question.evidence, key=places.__getitem__)
-        is_inside = bool(evidence) and places[evidence[-1]] - places[evidence[0]] <= window
-        turn = question.asked_after if is_timed else evidence[-1] if is_inside else None
-        if turn is not None:
-            linked[turn] += (question,)
-    return dict(linked)
-
-
-def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
-    """How many questions score a turn, and why the others do not. UsageError if none does."""
-    asked = [question for dialogue in dialogues for question in dialogue.questions]
-    linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
-    num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
-    if not linked:
-        reason = "names a turn as evidence" if without == len(asked) else f"fits into --window {args.window}"
-        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be judged")
-    return (f"--data {args.data}: {num_linked} of {len(asked)} questions judge {len(linked)} turns; left out: "
-            f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
-            f"--window {args.window} turns apart")
 
 
 def contents(memories: Iterable[Memory]) -> list[tuple[str, str, str]]:
@@ -382,8 +356,13 @@ def arguments(argv=None) -> argparse.Namespace:
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
-    if args.bank == "trajectory" and not getattr(args, "trajectories", 0):
-        raise UsageError("--bank trajectory: add --trajectories 8 (--algo grpo or ppo), which build the banks")
+    args.trajectories = getattr(args, "trajectories", 0)  # SFT has none
+    args.bank = args.bank or ("oracle" if args.trajectories == 0 else "trajectory")
+    has_replays = args.bank == "trajectory"
+    args.refresh = args.refresh or (3 if has_replays else 5)
+    args.trajectories = (4 if has_replays else 0) if args.trajectories is None else args.trajectories
+    if has_replays and not args.trajectories:
+        raise UsageError("--bank trajectory needs --trajectories 1 or more, and --algo grpo or ppo")
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
     return args

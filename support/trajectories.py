@@ -30,8 +30,9 @@ FREE = 0.7  # words of a bank per word of the turns that have no penalty, as in 
 
 @dataclass(frozen=True)
 class TrajectoryFlags(RewardFlags):
-    trajectories: int = flag(0, "samples of a whole conversation, which are compared with each other; 0: none", least=0)
-    conversations: int = flag(2, "conversations in a step that have trajectories", least=1)
+    trajectories: int | None = flag(None, "samples of a whole conversation, which are compared with each other; 0: "
+                                    "none (4, but 0 on real data and with another --bank)", least=0)
+    conversations: int = flag(3, "conversations that have trajectories at the same time", least=1)
     horizon: int = flag(0, "turns of a trajectory, from the first one on; 0: all. For a curriculum, raise it in stages "
                         "with --resume", least=0)
     outcome: str = flag("turn", "reward of a trajectory's output: mean score of the questions whose last evidence is "

@@ -1,0 +1,38 @@
+"""
+Links between turns and questions: the questions that score the edits of a turn.
+"""
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+
+from data import Dialogue, Question, UsageError
+
+
+def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
+    """
+    {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
+    Other data asks at the end: a question scores the turn of its last evidence, if the bank before that turn, which is
+    built from `window` turns, can hold the rest. Later or older evidence would make the reward depend on other turns.
+    """
+    linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
+    places = {turn.id: i for i, turn in enumerate(dialogue.turns)}
+    for question in dialogue.questions:
+        evidence = sorted(question.evidence, key=places.__getitem__)
+        is_inside = bool(evidence) and places[evidence[-1]] - places[evidence[0]] <= window
+        turn = question.asked_after if is_timed else evidence[-1] if is_inside else None
+        if turn is not None:
+            linked[turn] += (question,)
+    return dict(linked)
+
+
+def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
+    """How many questions score a turn, and why the others do not. UsageError if none does."""
+    asked = [question for dialogue in dialogues for question in dialogue.questions]
+    linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
+    num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
+    if not linked:
+        reason = "names a turn as evidence" if without == len(asked) else f"fits into --window {args.window}"
+        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be judged")
+    return (f"--data {args.data}: {num_linked} of {len(asked)} questions judge {len(linked)} turns; left out: "
+            f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
+            f"--window {args.window} turns apart")
