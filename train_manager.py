@@ -152,7 +152,7 @@ class ManagerTask:
         start = (step - first) * self.args.batch_size
         return self.pool[start:start + self.args.batch_size]
 
-    def make_pool(self, first: int, is_new: bool) -> list[Episode]:
+    def make_pool(self, first: int, is_new: bool = True) -> list[Episode]:
         """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
         if self.args.bank == "trajectory":
             num_episodes, dialogues = self.args.batch_size * self.args.refresh, self.copies(first)

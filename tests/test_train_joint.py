@@ -16,7 +16,7 @@ from data import UsageError
 from policy import Policy
 from support.run import read_rows
 
-MANAGER = ["--batch-size", "3", "--group-size", "3"]
+MANAGER = ["--batch-size", "3", "--group-size", "3", "--trajectories", "0"]
 ANSWER = ["--batch-size", "2", "--group-size", "2", "--minibatch", "0", "--max-new-tokens", "40"]
 QUICK = ["--eval", "0", "--dialogues", "1", "--checkpoint-every", "1", "--manager", " ".join(MANAGER),
          "--answer", " ".join(ANSWER)]
@@ -127,7 +127,8 @@ def test_the_flags_of_each_script():
     (["--algo", "ppo"], "--algo ppo: train_joint.py trains with grpo"),
     (["--manager", "--lr '1"], "--manager --lr '1: "),
     (["--manager", "--steps 3"], "--steps: not inside --manager or --answer"),
-    (["--answer", "--algo sft"], "--algo: not inside"), (["--manager", "--bank trajectory"], "add --trajectories 8"),
+    (["--answer", "--algo sft"], "--algo: not inside"),
+    (["--manager", "--bank trajectory --trajectories 0"], "--bank trajectory needs --trajectories 1"),
     (["--answer", "--init-adapter x"], "--init-adapter: not inside"), (["--refresh", "0"], "--refresh 0: must be")])
 def test_wrong_flags(flags, message):
     with pytest.raises(UsageError, match=re.escape(message)):

@@ -92,7 +92,7 @@ def test_longmemeval_has_the_same_rule():
 def test_the_bank_of_the_window_holds_the_oldest_evidence_that_is_allowed(window, tmp_path, monkeypatch):
     made = task(data=small_file(tmp_path), bank="base", window=window)
     monkeypatch.setattr(manager, "build_banks", lambda agent, *rest: manager.turn_banks(*rest))
-    memories, = made.banks_before([(evidence_dialogue(), 4)])
+    memories, = made.banks_before([evidence_dialogue()], [(0, 4)])
     assert [text for text, *_ in memories] == [f"Ann: text {i}" for i in range(4 - window, 4)]
 
 
@@ -185,10 +185,10 @@ def test_same_seed_same_episodes_whatever_came_before():
 
 TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size": 8, "minibatch": 0, "lr": 3e-3,
         "loss_mean": "token", "max_new_tokens": 80, "max_answer_tokens": 48, "max_prompt_tokens": 1024, "top_k": 4,
-        "memories": 4, "named_only": True, "extract": False, "bank": "oracle", "linked": "all", "eval": 32,
-        "window": 50, "distill": True, "reward": "em"}
-REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "linked": "mean",
-             "eval": 1, "loss_mean": "completion"}
+        "memories": 4, "named_only": True, "extract": False, "bank": "trajectory", "linked": "all", "eval": 32,
+        "trajectories": 4, "conversations": 3, "refresh": 3, "window": 50, "distill": True, "reward": "em"}
+REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "trajectories": 0,
+             "refresh": 5, "linked": "mean", "eval": 1, "loss_mean": "completion"}
 LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
 SMALL = {"window": 10, "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
          "max_new_tokens": 256, "max_answer_tokens": 40, "group_size": 8, "batch_size": 8, "minibatch": 4, "steps": 30,
@@ -214,7 +214,11 @@ def sizes(monkeypatch):
     ("--data x.json --model Qwen/X", REAL_DATA | LARGE),
     ("--algo ppo", {"out": "runs/manager-ppo", "group_size": 4, "minibatch": 6, "lr": 1e-3}),
     ("--data locomo --memories 7 --no-extract --lr 0.5 --model Qwen/X",
-     REAL_DATA | LARGE | {"memories": 7, "extract": False, "lr": 0.5})])
+     REAL_DATA | LARGE | {"memories": 7, "extract": False, "lr": 0.5}),
+    ("--trajectories 0", {"bank": "oracle", "trajectories": 0, "refresh": 5}),
+    ("--bank oracle", {"bank": "oracle", "trajectories": 0, "refresh": 5}),
+    ("--bank self --trajectories 2", {"bank": "self", "trajectories": 2, "refresh": 5}),
+    ("--trajectories 8 --refresh 1", {"trajectories": 8, "refresh": 1})])
 def test_defaults_depend_on_algorithm_data_and_model(argv, wanted):
     settings = vars(train_manager.arguments(argv.split()))
     assert {name: settings[name] for name in TINY} == TINY | wanted
@@ -283,7 +287,7 @@ def test_a_run_writes_its_files_and_resumes(tmp_path):
     # Another run starts where this one ended; it takes the rank from it.
     run = run_script("--algo", "sft", *QUICK[:6], "--out", tmp_path / "next", "--init-adapter", out, "--rank", "3")
     assert run.returncode == 0, run.stderr
-    ended = next(line for line in rows(out / "metrics.jsonl") if line.get("eval") == "trained")
+    ended = [line for line in rows(out / "metrics.jsonl") if line.get("eval") == "trained"][-1]
     begun = next(line for line in rows(tmp_path / "next/metrics.jsonl") if line.get("eval") == "untrained")
     assert {**begun, "step": 3, "eval": "trained"} == {**ended, "step": 3}
     settings = json.loads((tmp_path / "next/config.json").read_text())

@@ -19,7 +19,8 @@ from support.rollouts import Played, group_rows, minibatches
 from support.trajectories import cut, draw, excess, outcomes
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", [grpo, ppo])
-SMALL = ["--eval", "0", "--bank", "trajectory", "--trajectories", "3", "--batch-size", "4", "--group-size", "2"]
+SMALL = ["--eval", "0", "--bank", "trajectory", "--trajectories", "3", "--conversations", "2",
+         "--batch-size", "4", "--group-size", "2"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,8 +297,8 @@ def test_the_compression_penalty_lowers_both_parts(tmp_path):
 # ------------------------------------------------------------------------------------------------ the script
 
 @pytest.mark.parametrize("flags, message", [
-    (["--bank", "trajectory"], "--bank trajectory: add --trajectories 8"),
-    (["--bank", "trajectory", "--algo", "sft"], "--bank trajectory: add --trajectories 8"),
+    (["--bank", "trajectory", "--trajectories", "0"], "--bank trajectory needs --trajectories 1 or more"),
+    (["--bank", "trajectory", "--algo", "sft"], "--bank trajectory needs --trajectories 1 or more, and --algo grpo"),
     (["--trajectories", "-1"], "--trajectories -1: must be at least 0"),
     (["--compression-penalty", "nan"], "--compression-penalty nan: must be a finite number"),
     (["--global-weight", "-0.5"], "--global-weight -0.5: must be at least 0")])
@@ -324,11 +325,11 @@ def test_a_horizon_without_questions(tmp_path):
 @ALGORITHMS
 def test_a_resumed_run_continues_with_the_same_numbers(tmp_path, algorithm):
     def run(out, *more):
-        train_manager.main([*SMALL, "--algo", algorithm.__name__, "--horizon", "3", "--conversations", "1",
-                            "--schedule", "constant", "--checkpoint-every", "1", "--out", str(tmp_path / out), *more])
-    run("whole", "--steps", "2")
-    run("parts", "--steps", "1")
-    run("parts", "--steps", "2", "--resume")
+        train_manager.main([*SMALL, "--algo", algorithm.__name__, "--horizon", "6", "--refresh", "2", "--schedule",
+                            "constant", "--checkpoint-every", "1", "--out", str(tmp_path / out), *more])
+    run("whole", "--steps", "3")
+    run("parts", "--steps", "1")  # between two refreshes: the banks come from the checkpoint
+    run("parts", "--steps", "3", "--resume")
     whole, parts = files_of(tmp_path / "whole"), files_of(tmp_path / "parts")
     assert [row for row in parts[0] if "eval" not in row] == [row for row in whole[0] if "eval" not in row]
-    assert whole[1:] == parts[1:] and [row["step"] for row in whole[0] if "outcome" in row] == [1]
+    assert whole[1:] == parts[1:] and [row["step"] for row in whole[0] if "outcome" in row] == [1, 3]
