@@ -84,11 +84,16 @@ def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
     return tuple(named or speakers)
 
 
+def banks_searched(question: str, speakers: Sequence[str], named_only: bool) -> tuple[str | None, ...]:
+    """The speakers whose memories are searched; None for all of a bank."""
+    return banks_of(speakers_asked(question, speakers) if named_only else speakers)
+
+
 def retrieve(bank: MemoryBank, question: str, speakers: Sequence[str], k: int, named_only: bool = False,
              floor: float | None = None) -> list[tuple[Memory, float]]:
     """The k most similar memories of each bank (30 in the paper) with their similarity, best first. See Settings."""
-    searched = banks_of(speakers_asked(question, speakers) if named_only else speakers)
-    found = [pair for speaker in searched for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
+    banks = banks_searched(question, speakers, named_only)
+    found = [pair for speaker in banks for pair in bank.search_scored(question, k, speaker=speaker, floor=floor)]
     return sorted(found, key=lambda pair: (-pair[1], pair[0].id))
 
 
@@ -99,14 +104,15 @@ def by_speaker(memories: Sequence[Memory], speakers: Sequence[str]) -> dict[str,
     return {speaker: own for speaker, own in shown.items() if own}
 
 
-def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True, tiny: bool = False) -> str:
+def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool = True, tiny: bool = False,
+              preface: str = "") -> str:
     """The user message: the memories of each speaker, then the question. `tiny`: in the tiny model's own words."""
     blocks, start = [], 1
     for speaker, own in shown.items():
         heading = sanitize_for_prompt(f"{'memories' if tiny else 'Memories'} of {speaker}:")
         blocks.append(f"{heading}\n{memory_lines(own, start)}")
         start += len(own)
-    asked = sanitize_for_prompt(question)
+    asked = sanitize_for_prompt(f"{preface} {question}")
     if tiny:  # the question first too: a causal model then reads the memories with it (2307.03172)
         wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
         return "\n".join([f"question: {asked}", *(blocks or ["memories:\nnone"]), f"question: {asked}", wanted])
@@ -114,20 +120,22 @@ def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool =
                       f"Question: {asked}", "Answer in at most six words."])
 
 
-def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings):
-    """The AnswerPrompt with the memories `ranked`, best first; the last are dropped if the prompt is too long."""
+def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings,
+               preface: str = "") -> AnswerPrompt:
+    """The prompt with the memories `ranked`, best first; the last are dropped if it is too long."""
     def messages(memories):
-        text = case_text(by_speaker(memories, speakers), question, settings.distill, is_tiny(policy.name))
+        text = case_text(by_speaker(memories, speakers), question, settings.distill, is_tiny(policy.name), preface)
         return chat_messages(SYSTEM if settings.distill else SYSTEM_PLAIN, text)
 
-    ids, kept, dropped = fit_prompt(policy, messages, ranked, settings.max_prompt_tokens)
+    ids, kept, dropped = fit_prompt(policy, messages, ranked, settings.max_prompt_tokens, settings.max_new_tokens)
     return AnswerPrompt(ids, [memory for own in by_speaker(kept, speakers).values() for memory in own], dropped)
 
 
-def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str], settings: Settings) -> AnswerPrompt:
-    """Retrieve memories for a question and show them in a prompt (Alg. 4: M_ret = TopK(q, M))."""
+def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str], settings: Settings,
+                 preface: str = "") -> AnswerPrompt:
+    """Retrieve memories for a question and show them in a prompt (Alg. 4: M_ret = TopK(q, M)); see Question.preface."""
     found = retrieve(bank, question, speakers, max(1, settings.memories // 2), settings.named_only, settings.floor)
-    return prompt_for(policy, [memory for memory, _ in found], question, speakers, settings)
+    return prompt_for(policy, [memory for memory, _ in found], question, speakers, settings, preface)
 
 
 def parse(completion: str) -> Answer:

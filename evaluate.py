@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import answer
 import manager
-from data import TINY, Dialogue, UsageError, banks_of, is_tiny
+from data import TINY, Dialogue, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
@@ -222,10 +222,10 @@ class Evaluator:
         if system.source == "full-context":
             both = " and ".join(speakers)
             return [replace(memory, speaker=both) for memory in bank][::-1], (both,)
-        searched = banks_of(answer.speakers_asked(question, speakers) if system.named_only else speakers)
         k, wider = max(1, system.memories // 2), RERANK_FROM if self.reranker else 1
-        ranked = [one for one, _ in answer.retrieve(bank, question, searched, k * wider, floor=self.args.floor)]
-        return self.reranker.best(question, ranked, k * len(searched)) if self.reranker else ranked, speakers
+        found = answer.retrieve(bank, question, speakers, k * wider, system.named_only, self.args.floor)
+        ranked, banks = [memory for memory, _ in found], answer.banks_searched(question, speakers, system.named_only)
+        return self.reranker.best(question, ranked, k * len(banks)) if self.reranker else ranked, speakers
 
     def sources_of(self, dialogue: str, memories: Sequence[Memory]) -> list[str]:
         """Ids of the turns that wrote some memories, in the order of the memories."""
@@ -234,14 +234,15 @@ class Evaluator:
     def answer_questions(self, system: System, lines: Sequence[dict], banks: dict[str, tuple]) -> None:
         """Answer in batches: complete the lines of `questions_to` and append them to the file."""
         policy, adapter = self.agents[system.answer]
-        settings = answer.Settings(distill=self.args.distill, max_prompt_tokens=self.args.max_prompt_tokens)
+        settings = answer.Settings(distill=self.args.distill, max_prompt_tokens=self.args.max_prompt_tokens,
+                                   max_new_tokens=system.max_answer_tokens)
         for batch in tqdm(batches(lines, self.args.at_once), f"{system.system}: answering", disable=None, leave=False):
             times = [time.perf_counter()]
             ranked = [self.find_memories(system, line["text"], *banks[line["dialogue"]][:2]) for line in batch]
             times.append(time.perf_counter())
-            prompts = [answer.prompt_for(self.policy, memories, f"{line['preface']} {line['text']}".strip(), speakers,
-                                         settings) for line, (memories, speakers) in zip(batch, ranked, strict=True)]
-            answers = answer.generate_answers(policy, prompts, adapter, system.max_answer_tokens)
+            prompts = [answer.prompt_for(self.policy, memories, line["text"], speakers, settings, line["preface"])
+                       for line, (memories, speakers) in zip(batch, ranked, strict=True)]
+            answers = answer.generate_answers(policy, prompts, adapter, settings.max_new_tokens)
             search, reply = np.diff([*times, time.perf_counter()]) / len(batch)
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
                 selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]

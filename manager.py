@@ -101,11 +101,11 @@ def messages(case: Case, tiny: bool = False) -> list[dict]:
     return chat_messages(SYSTEM, text, () if tiny else OPERATIONS_SHOWN)
 
 
-def fit_case(policy, case: Case, max_tokens: int | None) -> tuple[list[int], Case, int]:
+def fit_case(policy, case: Case, settings: Settings) -> tuple[list[int], Case, int]:
     """A case as a prompt: (token ids, the case with the memories that the prompt shows, number of memories dropped)."""
     tiny = is_tiny(policy.name)
     ids, kept, dropped = fit_prompt(policy, lambda memories: messages(replace(case, memories=memories), tiny),
-                                    case.memories, max_tokens)
+                                    case.memories, settings.max_prompt_tokens, settings.max_new_tokens)
     return ids, replace(case, memories=kept), dropped
 
 
@@ -217,7 +217,7 @@ class Manager:
         For each case: (edits or None if invalid, number of memories dropped, prompt, completion). A case without facts
         has the edit NOOP, and no prompt.
         """
-        fitted = [fit_case(self.policy, case, self.settings.max_prompt_tokens) for case in cases if case.facts]
+        fitted = [fit_case(self.policy, case, self.settings) for case in cases if case.facts]
         with self.policy.using(self.adapter):
             groups = self.policy.sample([ids for ids, _, _ in fitted], 1, self.settings.max_new_tokens,
                                         temperature=temperature) if fitted else []

@@ -176,8 +176,8 @@ class AnswerTask:
         return self.args.memories
 
     def make_episode(self, item: BankQuestion, memories: int) -> Episode:
-        settings = replace(self.settings, memories=memories)
-        prompt = answer.build_prompt(self.policy, item.bank, item.question.text, item.speakers, settings)
+        settings, question = replace(self.settings, memories=memories), item.question
+        prompt = answer.build_prompt(self.policy, item.bank, question.text, item.speakers, settings, question.preface)
         return Episode(**vars(prompt), item=item)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
@@ -196,7 +196,8 @@ class AnswerTask:
         """A readable record of an output, for samples.jsonl."""
         question, given = episode.item.question, answer.parse(completion)
         memories = answer.by_speaker(episode.shown, episode.item.speakers)
-        return {"prompt": answer.case_text(memories, question.text, self.settings.distill, is_tiny(self.args.model)),
+        return {"prompt": answer.case_text(memories, question.text, self.settings.distill, is_tiny(self.args.model),
+                                           question.preface),
                 "completion": completion, "reward": reward,
                 "parts": {"answer": given.text, "gold": question.answer, "selected": given.selected,
                           "evidence": sorted(episode.evidence())}}
@@ -222,7 +223,8 @@ class AnswerTask:
         if self.teacher:
             settings = replace(self.settings, max_prompt_tokens=None)
             prompts = [answer.prompt_for(self.teacher, episode.shown, episode.item.question.text,
-                                         episode.item.speakers, settings) for episode in episodes]
+                                         episode.item.speakers, settings, episode.item.question.preface)
+                       for episode in episodes]
             return answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
         literally = self.args.data == "synthetic"  # only there answers consist of words of the memories
         return [answer.Answer(episode.item.question.answer, tuple(sorted(episode.evidence())),

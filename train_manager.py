@@ -227,7 +227,7 @@ class ManagerTask:
             bank.add(*memory)
         facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may find none
         case = manager.make_case(bank, turn, facts, self.args.top_k)
-        prompt, case, dropped = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+        prompt, case, dropped = manager.fit_case(self.policy, case, self.base.settings)
         questions = linked_questions(dialogue, self.args.window)[turn.id]
         start = 0 if self.args.bank == "trajectory" else max(0, i - self.args.window)
         words = num_words(dialogue.turns[start:i + 1])
@@ -284,7 +284,7 @@ class ManagerTask:
     def answers(self, asked: Sequence[tuple[MemoryBank, Question, tuple[str, str]]]) -> list[tuple]:
         """The frozen Answer Agent on (bank, question, speakers) triples, in one batch: (AnswerPrompt, Answer) pairs."""
         settings = from_args(answer.Settings, self.args, max_new_tokens=self.args.max_answer_tokens)
-        prompts = [answer.build_prompt(self.policy, bank, question.text, speakers, settings)
+        prompts = [answer.build_prompt(self.policy, bank, question.text, speakers, settings, question.preface)
                    for bank, question, speakers in asked]
         adapter = "answer" if self.args.answer_adapter else None
         return [*zip(prompts, answer.generate_answers(self.policy, prompts, adapter, settings.max_new_tokens),
@@ -323,7 +323,7 @@ class ManagerTask:
         prompts, completions, ops = [], [], Counter()
         decisions = self.teacher_decisions()
         for case, edits in decisions:
-            prompt, case, _ = manager.fit_case(self.policy, case, self.args.max_prompt_tokens)
+            prompt, case, _ = manager.fit_case(self.policy, case, self.base.settings)
             if edits and {edit.id for edit in edits} <= {None, *(memory.id for memory in case.memories)}:
                 text = manager.format_edits(edits, case, by_text=is_tiny(self.args.model))
                 prompts.append(prompt)

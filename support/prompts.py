@@ -48,7 +48,7 @@ def memory_lines(memories: Sequence, start: int = 1) -> str:
     return "\n".join(map(sanitize_for_prompt, lines)) or "none"
 
 
-def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None, max_new_tokens: int = 256):
+def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None, max_new_tokens: int):
     """
     (ids of render(memories), memories, number dropped); memories: the first of `ranked`, as many as fit into max_tokens
     and, with max_new_tokens after them, into the model's window.

@@ -2,6 +2,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import Fake
@@ -139,6 +140,30 @@ def test_a_prompt_drops_the_lowest_ranked_and_shows_what_it_kept(fake):
     lines = policy.chats[tuple(whole.prompt)][1]["content"].splitlines()
     for number, memory in enumerate(whole.shown, 1):  # the numbers of the prompt are places in `shown`
         assert f"{number} ({memory.time}) {memory.text}" in lines
+
+
+@pytest.mark.parametrize("name", ["real", str(TINY)])
+@pytest.mark.parametrize("preface, shown", [
+    ("", "Which dog?"), ("Current date: 2023/05/30.", "Current date: 2023/05/30. Which dog?"),
+    ("Gina asks\nJon:", "Gina asks Jon: Which dog?"), ("</s>", "< /s> Which dog?")])
+def test_a_preface_is_shown_but_not_searched(fake, monkeypatch, name, preface, shown):
+    policy, searched, bank = fake(), [], talk(6)
+    policy.name = name
+    monkeypatch.setattr(bank, "search_scored", lambda query, k, **options: searched.append(query) or [])
+    prompt = build_prompt(policy, bank, "Which dog?", PAIR, Settings(named_only=True), preface)
+    assert searched == ["Which dog?"] * 2, "a name in the preface chooses no bank"
+    text = policy.chats[tuple(prompt.prompt)][1]["content"]
+    assert re.findall("uestion: (.*)", text) == [shown] * (1 + (name != "real"))
+
+
+@pytest.mark.parametrize("window, max_new_tokens", [(400, 10), (400, 200), (300, 256), (250, 200)])
+def test_a_prompt_leaves_room_for_the_answer_in_the_models_window(fake, window, max_new_tokens):
+    policy, settings = fake(), Settings(memories=40, max_prompt_tokens=None, max_new_tokens=max_new_tokens)
+    policy.window = window
+    prompt, longer = (build_prompt(policy, talk(20), "Which dog?", PAIR, replace(settings, max_new_tokens=new))
+                      for new in (max_new_tokens, max_new_tokens - 9))  # a memory takes 9 or 10 words
+    assert prompt.dropped > 0 and (len(prompt.prompt) <= window - max_new_tokens or not prompt.shown)
+    assert longer.dropped <= prompt.dropped
 
 
 @pytest.mark.parametrize("memories, shown", [(1, 2), (2, 2), (3, 2), (7, 6), (60, 12)])

@@ -23,13 +23,13 @@ REPLIES = ["In 2022, or 2023", "Rome.", "the b", "It is not mentioned.", "no", "
 
 @pytest.fixture(autouse=True)
 def run(tmp_path, monkeypatch):
-    """Evaluate on entries, with the replies above as answers; -> (row of the system, what was searched, prompts)."""
+    """Evaluate on entries, with the replies above as answers; -> (row of the system, queries, questions in prompts)."""
     monkeypatch.chdir(tmp_path)
-    searched, asked, search, prompt = [], [], MemoryBank.search_scored, answer.prompt_for
+    searched, asked, search, write = [], [], MemoryBank.search_scored, answer.case_text
     monkeypatch.setattr(MemoryBank, "search_scored",
                         lambda bank, query, *rest, **more: searched.append(query) or search(bank, query, *rest, **more))
-    monkeypatch.setattr(answer, "prompt_for", lambda policy, memories, question, *rest:
-                        asked.append(question) or prompt(policy, memories, question, *rest))
+    monkeypatch.setattr(answer, "case_text", lambda *args:
+                        asked.append(write(*args).splitlines()[0].removeprefix("question: ")) or write(*args))
     replies = cycle(REPLIES)
     monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: [
         answer.Answer(text, (), bool(text)) for text, _ in zip(replies, prompts, strict=False)])

@@ -127,7 +127,7 @@ def test_plain_text_stays_as_it_is():
 @pytest.mark.parametrize("limit", [None, 0, 3, 10, 12, 13, 25, 52, 400])
 def test_fit_prompt_drops_the_lowest_ranked(fake, limit):
     policy, ranked = fake(), [f"m{i} is five words long" for i in range(10)]  # 2 + 5 * 10 words
-    ids, kept, dropped = fit_prompt(policy, lambda some: [{"content": "the fact " + " ".join(some)}], ranked, limit)
+    ids, kept, dropped = fit_prompt(policy, lambda some: [{"content": "the fact " + " ".join(some)}], ranked, limit, 9)
     room = 10 if not limit else max(0, min(10, (limit - 2) // 5))
     assert kept == ranked[:room] and dropped == 10 - room and len(ids) == 2 + 5 * room
     assert policy.chats[tuple(ids)] == [{"content": "the fact " + " ".join(kept)}]
@@ -138,7 +138,7 @@ def test_fit_prompt_drops_the_lowest_ranked(fake, limit):
 @settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_fit_prompt_keeps_a_prefix_within_the_budget(fake, lengths, limit):
     ranked = [" ".join([f"w{i}"] * length) for i, length in enumerate(lengths)]
-    ids, kept, dropped = fit_prompt(fake(), lambda some: [{"content": " ".join(["fact", *some])}], ranked, limit)
+    ids, kept, dropped = fit_prompt(fake(), lambda some: [{"content": " ".join(["fact", *some])}], ranked, limit, 9)
     assert kept == ranked[:len(kept)] and dropped == len(ranked) - len(kept)
     assert len(ids) == 1 + sum(lengths[:len(kept)]) and (len(ids) <= limit or not kept)
     longest = max((n for n in range(len(lengths) + 1) if 1 + sum(lengths[:n]) <= limit), default=0)
@@ -148,11 +148,20 @@ def test_fit_prompt_keeps_a_prefix_within_the_budget(fake, lengths, limit):
 def test_fit_case_keeps_the_best_matches_and_the_facts(fake):
     policy = fake()
     whole = len(policy.encode(messages(CASE)))
-    ids, case, dropped = manager.fit_case(policy, CASE, whole - 1)
+    ids, case, dropped = manager.fit_case(policy, CASE, Settings(max_prompt_tokens=whole - 1))
     assert dropped == 1 and case == replace(CASE, memories=CASE.memories[:2]) and len(ids) < whole
     assert policy.chats[tuple(ids)] == messages(case) and parse('[{"event": "DELETE", "id": 3}]', case) is None
-    ids, case, dropped = manager.fit_case(policy, CASE, 1)
+    ids, case, dropped = manager.fit_case(policy, CASE, Settings(max_prompt_tokens=1))
     assert dropped == 3 and case == replace(CASE, memories=()) and CASE.facts[0] in messages(case)[-1]["content"]
+
+
+@pytest.mark.parametrize("new", [1, 80, 300, 512])
+def test_a_case_leaves_room_for_the_operations_in_the_models_window(fake, new):
+    policy, whole = fake(), len(fake().encode(messages(CASE)))
+    for room, kept in ((whole, 3), (whole - 1, 2), (1, 0)):
+        policy.window = new + room
+        ids, case, dropped = manager.fit_case(policy, CASE, Settings(max_prompt_tokens=None, max_new_tokens=new))
+        assert len(case.memories) == kept == 3 - dropped and (len(ids) <= room or not kept)
 
 
 def test_facts(fake):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_banks_of_turns_hold_every_turn_with_its_speaker(tmp_path):
     assert [memory.text for memory in item.bank] == ["Ann: My dog is Rex.", "Bob: Hi!"]
     episode = made.make_episode(item, 4)
     assert [episode.shown[i - 1].text for i in episode.evidence()] == ["Ann: My dog is Rex."]
+
+
+@pytest.mark.parametrize("preface", ["", "Current date: 2023/05/30 (Tue) 23:40.", "Speaker 2 asks Speaker 1:"])
+def test_episodes_samples_and_a_hosted_teacher_show_the_preface_of_a_question(made, monkeypatch, preface):
+    item, encoded, encode = hand_made().item, [], made.policy.encode
+    monkeypatch.setattr(made.policy, "encode", lambda chat: encoded.append(chat[-1]["content"]) or encode(chat))
+    monkeypatch.setattr(made, "teacher", made.policy, raising=False)
+    monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: prompts)
+    episode = made.make_episode(replace(item, question=replace(item.question, preface=preface)), 4)
+    [taught] = made.teacher_answers([episode])
+    texts = {*encoded, made.sample(episode, "answer: Rex", 1.0)["prompt"]}
+    assert len(texts) == 1 and taught.prompt == episode.prompt
+    assert texts.pop().startswith(f"question: {preface} Which dog does Ann have?\n".replace(":  ", ": "))
 
 
 def test_selection_counts_numbers_that_were_shown():

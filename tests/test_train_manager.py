@@ -13,6 +13,7 @@ import torch
 from test_longmemeval import ENTRY as LONGMEMEVAL
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import answer
 import data.locomo
 import manager
 import train_manager
@@ -104,6 +105,16 @@ def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
         "--window 3 turns apart")
     with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be judged"):
         train_manager.describe_links([evidence_dialogue(a="50", b="")], args)
+
+
+@pytest.mark.parametrize("preface", ["", "Current date: 2023/05/30 (Tue) 23:40.", "Speaker 2 asks Speaker 1:"])
+def test_the_answer_agent_reads_the_preface_of_a_question(made, monkeypatch, preface):
+    the_task, (episode, *_) = made
+    monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: prompts)
+    question = Question("q", "Which dog?", "Rex", 14, preface=preface)
+    [(prompt, _)] = the_task.answers([(episode.bank, question, episode.speakers)])
+    shown = the_task.policy.decode(prompt.prompt)
+    assert shown.count(f"question: {preface} Which dog?\n".replace(":  ", ": ")) == 2
 
 
 def test_every_episode_is_a_turn_with_its_bank_and_questions(made):
