@@ -190,6 +190,17 @@ def test_a_template_that_loses_messages_is_one_line(template):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("names", [["rag", "tool_use"], ["tool_use"], ["Default", "chat", "b"], ["default", "rag"]])
+def test_of_several_named_templates_the_default_one_is_taken(names):
+    templates = {name: PLAIN if name == "default" else "the other one" for name in names}
+    if "default" in names:
+        assert rendered(templates) == "system w9 w10 E user w11 E "
+        return
+    with pytest.raises(UsageError, match=f"some/model: .* templates {', '.join(names)}; name one .*default") as error:
+        rendered(templates)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("template, today", [
     ("{{ date_string if date_string is defined else 'none' }} ", "26 Jul 2024"),
     ("\n{{ strftime_now('%Y-%m-%d') }} ", "\n2024-07-26"), ("{{ strftime_now('%B %d, %Y') }} ", "July 26, 2024"),
