@@ -11,6 +11,7 @@ import re
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -23,8 +24,9 @@ from support.run import append_rows, read_rows
 from support.text import normalize_whitespace
 
 UNFINISHED = ("length", "max_tokens", "content_filter")  # finish reasons of replies that are not complete
-TOO_LARGE = re.compile(r"(?i)too (large|big|high|long|many)|at most|maximum|exceed|limit|reduce|<=|between|"
+TOO_LARGE = re.compile(r"(?i)too (large|big|high|long|many)|at most|maximum|exceed|limit|reduce|<=|between|range|"
                        r"(less|larger|greater|more) than")
+CHAT_TOO_LONG = re.compile(r"(?i)prompt|input tokens|messages")  # the chat leaves no room, for others there may be
 URL = re.compile(r"(?ai)https?://([\w-]+(\.[\w-]+)*|\[[\da-f:]+\])(:\d{1,5})?(/[^\s?#@]*)?")
 
 
@@ -60,6 +62,7 @@ class Endpoint:
                                     **{"timeout": 60, "max_retries": 5, **client_options})
         self.headers = {"Authorization": f"Bearer {key}" if key else openai.omit}  # never the client's default key
         self.refused: set[str] = set()  # parameters that the model does not accept
+        self.limit, self.worked = inf, 0  # max_tokens: above `limit` it is too large, `worked` has been accepted
         self.cache, self.cache_lock = Path(cache).expanduser() if cache else None, Lock()
         try:
             if cache:
@@ -112,17 +115,21 @@ class Endpoint:
 
     def request(self, chat, max_new_tokens: int) -> tuple[str, bool]:
         """(text, whether it is finished). A parameter that the model refuses is not sent again; too large a limit is
-        halved for this chat."""
-        sent = {"temperature": 0, "max_tokens": max_new_tokens}
+        halved: for this chat if it is a long one, else for all."""
+        sent = {"temperature": 0, "max_tokens": min(max_new_tokens, self.limit)}
         while True:
             sent = {name: value for name, value in sent.items() if name not in self.refused}
             try:
-                return self.read_response(self.client.chat.completions.with_raw_response.create(
-                    model=self.name, messages=chat, extra_headers=self.headers, **sent))
+                response = self.client.chat.completions.with_raw_response.create(
+                    model=self.name, messages=chat, extra_headers=self.headers, **sent)
+                self.worked = max(self.worked, sent.get("max_tokens", 0))
+                return self.read_response(response)
             except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
                 words = words_of(error.body).lower()
                 if "token" in words and TOO_LARGE.search(words) and sent.get("max_tokens", 1) > 1:
                     sent["max_tokens"] //= 2
+                    if not CHAT_TOO_LONG.search(words):
+                        self.limit = max(self.worked, min(self.limit, sent["max_tokens"]))
                     continue
                 refused = {error.param} & {*sent} or {name for name in sent if name in words}
                 if not refused:

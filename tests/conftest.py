@@ -118,12 +118,13 @@ class Backlog(ThreadingHTTPServer):
 class Server:
     """
     Answers request i with script[i], later requests with `rule`. Both are a text, a (status, headers, body) or a
-    function of the messages that returns one of these, or None to drop the connection.
+    function of the messages that returns one of these, or None to drop the connection; if it `sees_body`, a function
+    of the whole request.
     """
 
-    def __init__(self, script, rule, key):
+    def __init__(self, script, rule, key, sees_body):
         self.script, self.rule, self.key, self.requests, self.lock = list(script), rule, key, [], threading.Lock()
-        self.num_open = self.most_open = 0
+        self.num_open, self.most_open, self.sees_body = 0, 0, sees_body
 
     def answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -132,7 +133,7 @@ class Server:
             action = self.script.pop(0) if self.script else self.rule
             self.num_open += 1
             self.most_open = max(self.most_open, self.num_open)
-        reply = action(body["messages"]) if callable(action) else action
+        reply = action(body if self.sees_body else body["messages"]) if callable(action) else action
         with self.lock:
             self.num_open -= 1
         if reply is None:
@@ -168,8 +169,8 @@ def serve(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = []
 
-    def start(*script, rule, key=""):
-        server = Server(script, rule, key)
+    def start(*script, rule, key="", sees_body=False):
+        server = Server(script, rule, key, sees_body)
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):

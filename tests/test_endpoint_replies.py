@@ -89,7 +89,8 @@ def test_a_refused_parameter_stays_left_out(serve):
     assert ["max_tokens" in request for request in server.requests] == [True, False, False]
 
 
-VLLM = "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 2048 tokens"
+VLLM = ("'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 2048 tokens "
+        "and your request has 1800 input tokens (512 > 2048 - 1800).")
 PYDANTIC = [{"type": "greater_than", "loc": ["body", "temperature"], "msg": "Input should be greater than 0",
              "input": {"temperature": 0, "max_tokens": 512}}]
 TOO_LONG = [{"loc": ["body", "max_tokens"], "msg": "Input should be less than or equal to 128",
@@ -103,6 +104,7 @@ TOO_LONG = [{"loc": ["body", "max_tokens"], "msg": "Input should be less than or
     (400, {"object": "error", "message": VLLM, "request": {"temperature": 0}}, (0, 256)),
     (422, {"detail": TOO_LONG}, (0, 256)),
     (400, {"message": "max_tokens: 512 > 128, which is the maximum allowed number of output tokens"}, (0, 256)),
+    (400, {"message": "Invalid max_tokens value, the valid range of max_tokens is [1, 384]"}, (0, 256)),
     (400, {"message": "2312 tokens (1800 in the messages, 512 in the completion). Reduce their length"}, (0, 256))])
 def test_a_refused_temperature_is_left_out_and_too_large_a_limit_lowered(serve, status, body, sent):
     server = serve((status, {}, json.dumps(body).encode()))
@@ -119,6 +121,29 @@ def test_a_limit_is_lowered_until_it_fits_or_the_error_shown(serve):
     with pytest.raises(UsageError, match="HTTP 400 the prompt alone exceeds 2048 tokens"):
         server.endpoint().complete([CHATS[0]], 4)
     assert [request["max_tokens"] for request in server.requests] == [4, 2, 1]
+
+
+@pytest.mark.parametrize("message", [
+    "max_tokens is too large: {}. This model supports at most 100 completion tokens, whereas you provided {}.",
+    "max_tokens: {} > 100, which is the maximum allowed number of output tokens for judge-1",
+    "`max_tokens` must be less than or equal to `100`", "Invalid max_tokens value, the valid range is [1, 100]"])
+def test_a_limit_that_is_too_large_for_the_model_is_lowered_once_for_all_chats(serve, message):
+    def answer(body):
+        if body["max_tokens"] > 100:
+            return 400, {}, json.dumps({"error": {"message": message.replace("{}", str(body["max_tokens"]))}}).encode()
+        return echo(body["messages"])
+
+    server = serve(sees_body=True, rule=answer)
+    endpoint = server.endpoint(parallel=1)
+    assert endpoint.complete(CHATS[:3]) == TEXTS[:3] and endpoint.complete(CHATS[3:], 80) == TEXTS[3:]
+    assert [request["max_tokens"] for request in server.requests] == [512, 256, 128, 64, 64, 64, 64, 64, 64]
+
+
+@pytest.mark.parametrize("long", ["the request exceeds the available context size of 2048 tokens", VLLM])
+def test_a_long_chat_does_not_lower_a_limit_that_worked(serve, long):
+    server = serve(echo, *[(400, {}, json.dumps({"error": {"message": long}}).encode())] * 4)
+    assert server.endpoint(parallel=1).complete(CHATS[:4]) == TEXTS[:4]
+    assert [request["max_tokens"] for request in server.requests] == [512, 512, 256, 128, 64, 32, 512, 512]
 
 
 def test_a_parameter_named_by_plain_text_and_one_that_is_refused_for_good(serve):
