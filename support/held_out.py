@@ -19,16 +19,16 @@ AGENTS = {"manager": "Memory Manager", "answer": "Answer Agent"}
 def turn_records(dialogue, build) -> dict:
     """
     A conversation with the edits of each turn, None if the output was invalid. `build`: a manager.BankBuild. UPDATE and
-    DELETE name a memory by its id; the memories of ADD have the ids 0, 1, ...
+    DELETE name a memory by its id; the memories of ADD have the ids 0, 1, ... "skipped": operations not applied.
     """
     stored = [[{"event": "ADD", "id": None, "text": memory.text}] for memory in build.bank]  # a bank of raw turns
     edits = [one and [asdict(edit) for edit in one] for one in build.edits] or stored
     turns = [{"id": turn.id, "speaker": turn.speaker, "time": turn.time, "text": turn.text,
               "known": asdict(turn.operation) if turn.operation else None, "edits": edits[i] if edits else []}
              for i, turn in enumerate(dialogue.turns)]
-    for turn, (case, _, completion) in zip(turns, build.outputs, strict=False):  # a baseline has no outputs
+    for turn, one, (case, _, completion) in zip(turns, build.edits, build.outputs, strict=False):  # a baseline has none
         turn |= {"facts": case.facts, "related": [memory.id for memory in case.shown()],
-                 "output": completion.text if completion else ""}
+                 "output": completion.text if completion else "", "skipped": getattr(one, "skipped", 0)}
     return {"dialogue": dialogue.id, "speakers": dialogue.speakers, "turns": turns}
 
 

@@ -72,10 +72,14 @@ def change_item(change: dict) -> Element:
 
 
 def edits_cell(source: str, changes: Sequence[dict] | None, turn: dict) -> Element:
-    """The changes of a bank in a turn, or its output if this was invalid; whether they are the reference operation."""
-    items = [change_item(one) for one in changes or ()]
-    if changes is None:
-        items = [tag("li", tag("i", "invalid output"), tag("pre", turn.get("output") or "(empty)"), class_="invalid")]
+    """
+    The changes of a bank in a turn; its output if this was invalid, or if operations in it could not be applied;
+    whether the changes are the reference operation.
+    """
+    items, skipped = [change_item(one) for one in changes or ()], turn.get("skipped", 0)
+    if changes is None or skipped:
+        lost = "invalid output" if changes is None else f"{skipped} of the operations could not be applied"
+        items.append(tag("li", tag("i", lost), tag("pre", turn.get("output") or "(empty)"), class_="invalid"))
     cell = tag("td", tag("ul", *items), class_="edits", data_of=source)
     if turn["known"]:
         is_same = held_out.is_reference(changes, turn["known"])

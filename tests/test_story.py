@@ -1,4 +1,5 @@
 """Records of held-out conversations, and the page that shows them; in a real browser where there is one."""
+import html
 import html.parser
 import json
 import random
@@ -101,6 +102,24 @@ def test_a_record_replays_to_the_same_bank_after_every_turn(made):
             _, replayed = held_out.replay(record["turns"][:i + 1])
             expected = [(id, text.encode("utf-8", "replace").decode()) for id, text in bank]
             assert sorted((id, memory["text"]) for id, memory in replayed.items()) == expected
+
+
+SKIPPED = [("ADD", 0), ("ADD UPDATE", 1), ("UPDATE DELETE ADD nonsense", 3), ("nonsense", None)]  # number skipped
+
+
+@pytest.mark.parametrize("events, skipped", SKIPPED)
+def test_operations_that_were_skipped_are_shown_with_the_others_of_their_turn(fake, tmp_path, events, skipped):
+    """The bank is empty, so only ADD can be applied."""
+    dialogues = data.load("synthetic", "test", count=1, num_turns=1)
+    output = json.dumps([{"event": event, "id": 1, "text": "a < b"} for event in events.split()])
+    builds = manager.build_banks(manager.Manager(fake(lambda chat: output)), dialogues, EMBEDDER)
+    story.main([write_run(tmp_path, {"untrained": (dialogues, builds), "trained": (dialogues, builds)}, "answer")])
+    page = html.unescape((tmp_path / "story.html").read_text())
+    [cell] = re.findall('<td class="edits".*?</td>', page, re.DOTALL)
+    assert cell.count('<li class="add"') == ("ADD" in events) and cell.count('<li class="noop"') == 0
+    words = {0: [], None: ["invalid output"]}.get(skipped, [f"{skipped} of the operations could not be applied"])
+    assert re.findall('<li class="invalid"><i>(.*?)</i>', cell) == words and (output in cell) == bool(words)
+    assert manager.bank_report(builds)["ops"].get("skipped", 0) == (skipped or 0)
 
 
 def test_changes_by_hand():
