@@ -35,6 +35,7 @@ from support.text import (
     MAX_OUTPUT_CHARS,
     after_reasoning,
     chat_messages,
+    json_values,
     normalize_whitespace,
     sanitize_for_prompt,
 )
@@ -61,6 +62,9 @@ that matter, then answer in as few words as possible: a name, a thing, a date or
 Write exactly two lines:
 relevant: <numbers of the notes that matter>
 answer: <the short answer>"""
+
+
+ANSWER = re.compile(r"(?i)(?:\banswer(?: is)?[ \t]*[:：]|<answer>|^#+ *(?:final )?answer *$)\s*(.*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,20 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
     return prompt_for(policy, [memory for memory, _ in found], question, speakers, settings, preface)
 
 
+def from_json(text: str) -> str:
+    """'{"relevant": [2], "answer": "Kia"}' -> 'relevant: [2]\\nanswer: Kia'; another text as it is."""
+    found = [value for value in json_values(text) if isinstance(value, dict) and "answer" in value]
+    return f"relevant: {found[0].get('relevant')}\nanswer: {found[0]['answer']}" if found else text
+
+
 def parse(completion: str) -> Answer:
     """
     'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" all of
     the text is the answer, as in the authors' code. Invalid: no answer, or reasoning that does not end. Never raises.
     """
     text = re.sub(r"[*`]", "", after_reasoning(completion[:MAX_OUTPUT_CHARS]))
-    marker = re.search(r"(?i)(?:\banswer(?: is)?[ \t]*:|<answer>)\s*(.*)", text)  # the first, as in the authors' code
+    text = text if ANSWER.search(text) else from_json(text)
+    marker = ANSWER.search(text)  # the first, as in the authors' code
     selected, rest = [], []  # numbers, as text; lines that select nothing
     for line in (text[:marker.start()] if marker else text).splitlines():
         listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line)
@@ -156,8 +167,9 @@ def parse(completion: str) -> Answer:
             rest.append(line)
         elif verdict[2].strip().lower().rstrip(".") != "none":
             selected.append(verdict[1])
-    found = marker[1].partition("</answer>")[0] if marker else " ".join(rest)
-    answer = normalize_whitespace(found)[:MAX_ANSWER_CHARS].strip("\"\u201c\u201d ")
+    found = re.sub(r"(?i)</answer>.*", "", marker[1]) if marker else " ".join(rest)
+    found = re.sub(r"^\$*\\boxed\{(.*)\}\$*$", r"\1", normalize_whitespace(found))
+    answer = found[:MAX_ANSWER_CHARS].strip("\"\u201c\u201d ")
     return Answer(answer, tuple(dict.fromkeys(map(int, selected))), bool(answer))
 
 

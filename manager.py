@@ -15,6 +15,7 @@ As in the authors' code, an operation that cannot be applied is skipped and coun
 """
 import support.installed  # noqa: F401  # isort: skip  names missing packages
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,10 +111,11 @@ def fit_case(policy, case: Case, settings: Settings) -> tuple[list[int], Case, i
 
 
 def find_memory(operation: dict, shown: list[Memory]) -> Memory | None:
-    """The memory that an operation names: by its number in the prompt, else the one most similar to "old_memory"."""
-    number, quote = str(operation["id"]), operation["old_memory"]
-    if len(number) < 6 and number.strip().isdecimal() and 1 <= int(number) <= len(shown):
-        return shown[int(number) - 1]
+    """The memory that an operation names: by its number in the prompt, else the one most similar to its quote."""
+    number = re.fullmatch(r"(?i)(?:memory)?[\s#(\[]*(\d{1,5})(?:\.0)?[\s)\]]*", str(operation["id"]))
+    quote = operation["old_memory"] or (operation["event"] == "DELETE" and operation["text"])
+    if number and 1 <= int(number[1]) <= len(shown):
+        return shown[int(number[1]) - 1]
     if not isinstance(quote, str) or not quote.strip() or not shown:
         return None
     quote = sanitize_for_prompt(quote[:2 * MAX_TEXT_CHARS])

@@ -23,7 +23,8 @@ from support.distributed import rank0_result
 from support.run import append_rows, read_rows
 from support.text import normalize_whitespace
 
-UNFINISHED = ("length", "max_tokens", "content_filter")  # finish reasons of replies that are not complete
+UNFINISHED = ("length", "max_tokens", "model_length", "content_filter", "abort", "aborted", "cancelled", "incomplete",
+              "insufficient_system_resource")  # finish reasons of replies that are not complete
 TOO_LARGE = re.compile(r"(?i)too (large|big|high|long|many)|at most|maximum|exceed|limit|reduce|<=|between|range|"
                        r"(less|larger|greater|more) than")
 CHAT_TOO_LONG = re.compile(r"(?i)prompt|input tokens|messages")  # the chat leaves no room, for others there may be
@@ -142,6 +143,8 @@ class Endpoint:
             choice = response.parse().choices[0]
             message, reason = choice.message, str(choice.finish_reason).lower()
             text = message.content
+            if isinstance(text, list):  # Mistral's: the reasoning is a part of its own
+                text = "".join(part["text"] for part in text if part["type"] == "text")
             reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # the client checks nothing
             raise self.usage_error(f"HTTP 200 {response.text or 'without a body'}") from None

@@ -33,8 +33,12 @@ RUBRICS = {  # LongMemEval's own rules, by category
     12: "this describes a good answer, which need not meet every point",
     15: "an answer that names an earlier state too is right if it names this one as the present",
     16: "off by one day, week or month is right as well"}
-LABEL = re.compile(r"""(?i)\b(?:label|verdict|judge?ment)["'*_`]*\s*(?:(?:is|(?:should|would|must) be)\b|[-:=>–—→])"""
-                   r"""[\s"'*_`:>]*(?:(?:therefore|thus|hence|clearly)\s+)?["'*_`]*(correct|incorrect|wrong)\b""")
+LABEL = re.compile(
+    r"""(?i)\b(?:label|verdict|judge?ment|evaluation|result)["'*_`]*\s*"""
+    r"""(?:(?:is|(?:should|would|must) be)\b|[-:：=>–—→])[\W_]*"""
+    r"""(?:(?:therefore|thus|hence|clearly)\s+["'*_`]*)?(correct|incorrect|wrong)\b"""
+    r"""(?!["'*_`]*\s*(?:or\b|[/|]))"""  # not "CORRECT or WRONG"
+    r"""|^[^\w\n]*(?:boxed\{)?(correct|incorrect|wrong)\W*\Z""", re.MULTILINE)  # the last line is the label alone
 
 
 def gold_of(line: dict) -> str:
@@ -54,7 +58,7 @@ def judge_messages(question: str, prediction: str, gold: str) -> list[dict]:
 
 def verdict_of(reply: str) -> str | None:
     """'The same car. {"label": "CORRECT"}' -> "CORRECT". The last label counts, because a reason may quote one."""
-    labels = LABEL.findall(after_reasoning(reply)[-MAX_OUTPUT_CHARS:])
+    labels = ["".join(pair) for pair in LABEL.findall(after_reasoning(reply)[-MAX_OUTPUT_CHARS:])]
     return ("CORRECT" if labels[-1].upper() == "CORRECT" else "WRONG") if labels else None
 
 

@@ -16,26 +16,31 @@ MAX_JSON_STARTS = 100  # json_values tries to read JSON at this many brackets an
 ROLE_MARKER = re.compile(r"[<＜﹤](?=[|｜/]?[^\W\d])|\[(?=/?\w*[A-Z]{2}\w*\])")
 # How reasoning begins and ends: <think> (Qwen, DeepSeek), ◁think▷ (Kimi), [THINK] (Magistral), <|START_THINKING|>
 # (Cohere), <|channel|>analysis<|message|> ... <|channel|>final<|message|> (gpt-oss; "analysis ... assistantfinal" where
-# special tokens are not decoded).
-TAG = r"(?i:(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis))"
-REASONING_START = re.compile(rf"[<◁]{TAG}[>▷]|\[THINK\]|<\|(?i:start_thinking|begin_of_thought)\|>"
-                             r"|<\|channel\|>(?:analysis|commentary)|\A\s*analysis(?=[A-Z])")
-REASONING_END = re.compile(rf"[<◁]/{TAG}[>▷]|\[/THINK\]|<\|(?i:end_thinking|end_of_thought)\|>"
-                           r"|<\|channel\|>final.{0,80}?<\|message\|>|assistantfinal")
+# special tokens are not decoded), <|channel>thought ... <channel|> (Gemma 4).
+TAG = r"(?i:(?:think(?:ing)?|thoughts?(?:_process)?|reason(?:ing)?|reflection|analysis|scratchpad|monologue))"
+NAMED = rf"\s*(?:\w+[:_])?{TAG}\s*"  # also <seed:think>, <chain_of_thought>
+REASONING_START = re.compile(rf"[<◁]{NAMED}[>▷]|\[THINK\]|<\|(?i:start_|begin_of_)?{TAG}\|>"
+                             r"|<\|channel\|>(?:analysis|commentary)|<\|channel>thought|\A\s*analysis(?=[A-Z])")
+REASONING_END = re.compile(rf"[<◁]\s*/{NAMED}[>▷]|\[/THINK\]|<\|(?:/|(?i:end_|end_of_)){TAG}\|>"
+                           r"|<\|channel\|>final.{0,80}?<\|message\|>|<channel\|>|assistantfinal")
+WRAPPER = re.compile(r"\A\s*<\|\w+\|>|(?:<\|\w+\|>|</s>)\s*\Z")  # special tokens around a reply
 FLAT = re.compile(r"\[[^\[\]]*\]|\{[^{}]*\}")  # a list or object without another one of its kind inside
 BROKEN_OBJECT = re.compile(r"\{[^\[{]*(?:\}|\Z)")  # not the beginning of an object of objects
 # A string in a list, also one like 'Jon's dog'.
 QUOTED = re.compile(r"""(?<=[\[,:\s])(?:"(?:[^"\\]|\\.){1,1000}"|'(?:[^'\\]|\\.|'(?=\w)){1,1000}')"""
-                    r"""(?=\s*(?:[,\]}"']|\Z))""")
-ITEM = re.compile(r"(?m)^[ \t]*(?:[-*•–]|\(?\d{1,2}[.):])[ \t]+(\S.*)$")  # of a numbered or dashed list
+                    r"""(?=\s*(?:[,\]}"'`]|\Z))""")
+ITEM = re.compile(r"(?m)^[ \t]*(?:[-*•–]|(?:(?i:fact) |\()?\d{1,2}[.):])[ \t]+(\S.*)$")  # of a list
 KEYS = {  # names that models give to the parts of an operation; the first one is ours
-    "event": ("event", "operation", "action", "op", "type"),
-    "id": ("id", "memory_id", "number", "index"),
+    "event": ("event", "operation", "action", "op", "event_type", "operation_type", "type"),
+    "id": ("id", "memory_id", "memory_number", "number", "index", "target"),
     "old_memory": ("old_memory", "old_text", "old"),
-    "text": ("text", "new_memory", "new_text", "memory", "fact", "content", "value", "sentence"),
+    "text": ("text", "new_memory", "new_text", "memory_text", "memory", "fact", "content", "value", "sentence",
+             "statement"),
 }
-EVENT_NAMES = {"NONE": "NOOP", "NO-OP": "NOOP", "NO_OP": "NOOP", "IGNORE": "NOOP", "SKIP": "NOOP", "KEEP": "NOOP",
-               "INSERT": "ADD", "CREATE": "ADD", "REMOVE": "DELETE", "REPLACE": "UPDATE", "MODIFY": "UPDATE"}
+FACT_KEYS = ("facts", "memories", *KEYS["text"])
+EVENT_NAMES = {"NONE": "NOOP", "NO": "NOOP", "NO-OP": "NOOP", "NO_OP": "NOOP", "IGNORE": "NOOP", "SKIP": "NOOP",
+               "KEEP": "NOOP", "INSERT": "ADD", "CREATE": "ADD", "REMOVE": "DELETE", "REPLACE": "UPDATE",
+               "MODIFY": "UPDATE"}
 
 
 class Parsed(list):
@@ -66,7 +71,7 @@ def after_reasoning(text: str) -> str:
     What a model says after its reasoning, which a chat template may have begun; "" if the reasoning does not end.
     "<think>Hm.</think>Kia" -> "Kia", "Hm.</think>Kia" -> "Kia", "<think>Hm." -> ""
     """
-    return "" if reasons_on(text) else re.sub(r"<\|(?:end|return)\|>\s*\Z", "", REASONING_END.split(text)[-1])
+    return "" if reasons_on(text) else WRAPPER.sub("", REASONING_END.split(text)[-1])
 
 
 def chat_messages(system: str, user: str, demonstrations: Sequence[tuple[str, str]] = ()) -> list[dict]:
@@ -106,11 +111,16 @@ def python_value(text: str) -> list | dict | None:
         return value if isinstance(value, list | dict) else None
 
 
+def lowered(item: dict) -> dict:
+    """With lower-case keys without spaces. {"Memory ID": 1} -> {"memory_id": 1}"""
+    return {str(key).strip().lower().replace(" ", "_"): value for key, value in item.items()}
+
+
 def read_operation(item) -> dict:
     """An operation by the names of KEYS, with None for what it lacks. {"Action": "insert"} -> {"event": "ADD", ...}"""
-    item = {str(key).lower(): value for key, value in item.items()} if isinstance(item, dict) else {}
+    item = lowered(item) if isinstance(item, dict) else {}
     found = {name: next((item[key] for key in keys if key in item), None) for name, keys in KEYS.items()}
-    event = str(found["event"]).strip().upper()
+    event = re.sub(r"[ _](MEMORY|FACT|OPERATION|CHANGE)$", "", str(found["event"]).strip().upper())  # "NO CHANGE"
     return found | {"event": found["event"] and EVENT_NAMES.get(event, event)}
 
 
@@ -120,6 +130,8 @@ def read_operations(completion: str) -> list[dict]:
     for value in json_values(after_reasoning(completion)):
         if isinstance(value, dict) and not read_operation(value)["event"]:  # {"memory": [...]}, as in the paper
             value = next((inner for inner in value.values() if isinstance(inner, list)), [value])
+        while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) and value[0]:  # [[...]]
+            value = value[0]
         found = [read_operation(item) for item in (value if isinstance(value, list) else [value])]
         is_empty = is_empty or not found
         if value is None or any(operation["event"] for operation in found):  # "[1]" is a reference
@@ -132,7 +144,8 @@ def fact_texts(value, depth: int = 4) -> list[str | None]:
     if isinstance(value, str) and depth:
         return [value]
     if isinstance(value, dict) and value:
-        named = [value[key] for key in KEYS["text"] if key in value]
+        value = lowered(value)
+        named = [value[key] for key in FACT_KEYS if key in value]
         value = named[:1] or [inner for inner in value.values() if isinstance(inner, list)] or [None]
     if isinstance(value, list | dict) and depth:
         return [text for inner in value for text in fact_texts(inner, depth - 1)]

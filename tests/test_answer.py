@@ -227,7 +227,17 @@ def test_identical_prompts_are_answered_once(tiny):
     ("<answer>Kia</answer> as said", Answer("Kia", (), True)), ("```\nanswer: `Kia`\n```", Answer("Kia", (), True)),
     ("By dancing,\nand running.", Answer("By dancing, and running.", (), True)),  # no marker: all of it
     ("relevant: 4\n\u201cKia\u201d", Answer("Kia", (4,), True)), ("1. Kia\n2. VW", Answer("1. Kia 2. VW", (), True)),
-    ("answering: Kia", Answer("answering: Kia", (), True)),
+    ("answering: Kia", Answer("answering: Kia", (), True)), ("答え answer：Kia", Answer("Kia", (), True)),
+    ('{"relevant": [2, 5], "answer": "Kia"}', Answer("Kia", (2, 5), True)), ('{"answer": 7}', Answer("7", (), True)),
+    ('```json\n{"reason": "{", "answer": "Kia"}\n```', Answer("Kia", (), True)),
+    ('{"answer": ""}', Answer("", (), False)),
+    ('{"answer": "Kia', Answer('{"answer": "Kia', (), True)), ("# Answer \nKia", Answer("Kia", (), True)),
+    ("relevant: 1\n### Final answer\n\nKia", Answer("Kia", (1,), True)),
+    ("<Answer>Kia</ANSWER>!", Answer("Kia", (), True)),
+    ("answer: $\\boxed{Kia}$", Answer("Kia", (), True)), ("\\boxed{a {b}}", Answer("a {b}", (), True)),
+    ("answer: Kia<|im_end|>\n", Answer("Kia", (), True)),
+    ("<|begin_of_box|>Kia<|end_of_box|>", Answer("Kia", (), True)),
+    ("answer: Kia</s>", Answer("Kia", (), True)), ("<|channel>thought\nanswer: Ford", Answer("", (), False)),
     ("<think>answer: Ford</think>\nanswer: Kia", Answer("Kia", (), True)),
     ("relevant: 3\nanswer: Ford?</think>Kia", Answer("Kia", (), True)), ("<think>answer: Ford", Answer("", (), False))])
 def test_parse(completion, expected):

@@ -26,7 +26,11 @@ def cache(tmp_path):
     (b"<html>Bad gateway", "HTTP 200 <html>Bad gateway"), (b"\xff", "HTTP 200"), (b"{}", "HTTP 200 {}"),
     (b"[1]", "[1]"), (b"[" * 100_000, "HTTP 200 [["), (b"", "HTTP 200 without a body"),
     (completion_of(None), '"content": null'), (completion_of(3), '"content": 3'), (b"null", "HTTP 200 null"),
-    (b"Hi", "HTTP 200 Hi"), (b'"choices"', "choices"), (b'{"choices": []}', "choices"),
+    (b"Hi", "HTTP 200 Hi"), (b'data: {"choices": [{"delta": {"content": "H"}}]}\n\ndata: [DONE]', "HTTP 200 data: "),
+    (b'{"object": "chat.completion.chunk", "choices": [{"delta": {"content": "H"}, "finish_reason": null}]}', "chunk"),
+    (b'{"choices": [{"message": {"content": "Jon has', "Jon has"), (completion_of([{"type": "image"}])[:-1], "image"),
+    (completion_of(["Hi"]), "Hi"), (completion_of([{"type": "text"}]), "text"),
+    (b'"choices"', "choices"), (b'{"choices": []}', "choices"),
     (b'{"choices": ["Hi"]}', "Hi"), (b'{"choices": {"0": "H"}}', '"0": "H"'),
     (b'{"error": {"message": "The model is\\noverloaded", "code": 503}}', "overloaded"),
     (b'{"object": "error", "message": "CUDA out of memory", "choices": null}', "CUDA out of memory"),
@@ -55,7 +59,17 @@ def test_nothing_but_reasoning_is_an_error(serve, cache, content, field):
     assert serve((200, {}, json.dumps(body).encode())).endpoint().complete([CHATS[0]]) == ["Hello"]
 
 
-@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter"])
+@pytest.mark.parametrize("reason", ["stop", None, "eos", ""])
+@pytest.mark.parametrize("content", [
+    "Hi.", [{"type": "text", "text": "Hi"}, {"type": "text", "text": "."}],
+    [{"type": "thinking", "thinking": [{"type": "text", "text": "Hello?"}]}, {"type": "text", "text": "Hi."}]])
+def test_a_reply_in_parts_is_its_text_whatever_names_its_end(serve, cache, reason, content):
+    server = serve((200, {}, completion_of(content, reason)))
+    assert server.endpoint(cache=cache).complete([CHATS[0]]) == ["Hi."] and stored(cache) == ["Hi."]
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "model_length", "abort",
+                                    "insufficient_system_resource"])
 @pytest.mark.parametrize("content", ["question", None, ""])
 def test_a_reply_that_was_cut_off_is_no_reply(serve, cache, reason, content):
     server = serve(*[(200, {}, completion_of(content, reason))] * 2)

@@ -76,7 +76,11 @@ def test_no_verdict_is_paid_for_twice(serve, cache):
     ('Hm. {"label": "CORRECT"}</think> Label: wrong', "WRONG"), ('<think>So {"label": "CORRECT"}', None),
     ('Label: CORRECT</think>I cannot say.', None), ('<think>' + "x" * 30_000 + '{"label": "CORRECT"}', None),
     ("The label is not WRONG", None), ("label: partially correct", None),
-    ("CORRECT", None), ('{"label": "CORRECTED"}', None), ('{"label": "NOT CORRECT"}', None), ('{"label": ""}', None),
+    ("CORRECT", "CORRECT"), ("The same car.\n**WRONG**\n", "WRONG"), ("$\\boxed{Correct}$", "CORRECT"),
+    ("label: [INCORRECT]", "WRONG"), ("Label: \u2705 CORRECT", "CORRECT"), ('{"result": "WRONG"}', "WRONG"),
+    ("Evaluation\uff1acorrect", "CORRECT"), ("CORRECT\nor not", None), ('{"label": "CORRECT or WRONG"}', None),
+    ("It is correct", None), ("label: CORRECT/WRONG", None), ("\n" * 30_000, None), ("label:" + "_" * 30_000, None),
+    ('{"label": "CORRECTED"}', None), ('{"label": "NOT CORRECT"}', None), ('{"label": ""}', None),
     ("I would label correct answers so.", None), ("", None), ("label" * 10**5, None), ("label: " * 10**5, None)])
 def test_verdict_of(reply, label):
     assert verdict_of(reply) == label

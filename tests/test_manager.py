@@ -188,6 +188,9 @@ def test_facts(fake):
     ("['Jon\\'s a', \"b\"]", ["Jon's a", "b"]), ("['Jon's a', 'b']", ["Jon's a", "b"]),
     ('["a [photo]", "b",]', ["a [photo]", "b"]), ("{'facts': ['a',], }", ["a"]), ('["a" "b"\n"c"]', ["a", "b", "c"]),
     ("Here:\n- a\n* **b**\n• c", ["a", "b", "c"]), ("1) a\n(2) 'b'\n 10. c: d", ["a", "b", "c: d"]),
+    ('{"facts": "a"}', ["a"]), ('{"Facts": [{"Fact": "a"}]}', ["a"]), ('{"text": "said", "facts": ["a"]}', ["a"]),
+    ('[{"speaker": "Jon", "Statement": "a"}]', ["a"]), ("Fact 1: a\nfact 2. b", ["a", "b"]),
+    ('Sure!\n```json\n{"facts": ["a", "b"\n```', ["a", "b"]), ('```\n- a\n- b\n```', ["a", "b"]),
     ('```json\n["a"]\n```', ["a"]), (json.dumps("a [shares a photo]") + ', ["b"]', ["b"])])
 def test_facts_that_are_read_whole(completion, facts):
     found = manager.parse_facts(completion)
