@@ -26,8 +26,9 @@ class ChatTemplate:
         try:  # of several named templates, the one named "default"
             self.template = tokenizer.chat_template and tokenizer.get_chat_template()
         except ValueError:
-            raise UsageError(f"model {name}: its tokenizer has the chat templates {', '.join(tokenizer.chat_template)}"
-                             '; name one of them "default" in the model\'s folder') from None
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UsageError(f"model {name}: its tokenizer has the chat templates {names}; name one of them 'default' "
+                             "in the model's folder") from None
         if "strftime_now" in (self.template or ""):
             self.template = FIXED_DATE + self.template
         if self.template and not is_tiny(name):

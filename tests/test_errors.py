@@ -1,5 +1,6 @@
 """Mistakes on the command line: one line that says what is wrong, where, and what to do; exit code 2."""
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,6 +13,9 @@ import torch
 from mutations import edited
 from safetensors.torch import load_file
 from test_locomo import ENTRY
+from test_longmemeval import ENTRY as CHATS
+from test_msc import ENTRY as MSC
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
 import answer
 import data.locomo
@@ -25,6 +29,7 @@ from support.cli import exit_cleanly
 from support.run import read_rows
 
 ROOT = Path(__file__).parents[1]
+TALK = {"turns": [{"speaker": "Ann", "text": "a"}, {"speaker": "Bob", "text": "b"}]}
 SCRIPTS = {"train_manager": train_manager, "train_answer": train_answer, "evaluate": evaluate, "plots": plots,
            "answer": answer}
 SFT_QUICK = "--steps 1 --eval 0 --batch-size 2 --max-new-tokens 8"
@@ -132,6 +137,36 @@ evaluate --judge endpoint => set JUDGE_URL (or OPENAI_BASE_URL) and JUDGE_MODEL
 evaluate --paper => --paper has the numbers of LoCoMo's test split: add --data locomo
 evaluate --data silent.json => there is no question; take another split or file
 evaluate --data nowhere => --data nowhere: neither a benchmark
+evaluate --data nan.json => entry 0 (gpt4_1a2b3c4d_abs): "answer" is nan, not text or a finite number
+evaluate --data listed.json => entry 0 (gpt4_1a2b3c4d_abs): "answer" is not text or a number
+evaluate --data twice.json => twice.json: entry 1: an earlier entry has the "question_id" "gpt4_1a2b3c4d_abs"
+evaluate --data narrated.json => session 0, turn 0: "role" is "narrator", neither "user" nor "assistant"
+evaluate --data undated.json => "haystack_dates" has 1 dates for 5 of "haystack_sessions"
+evaluate --data quiet.json => quiet.json: entry 0 (gpt4_1a2b3c4d_abs): "haystack_sessions" has no turn
+evaluate --data untyped.json => "question_type" is "trivia", not one of single-session-user, single-session-preference
+evaluate --data crowd.json => session 1, turn 0: "id" is "Speaker 3", neither "Speaker 1" nor "Speaker 2"
+evaluate --data short.json => short.json: entry 0 (valid_0): "previous_dialogs" have no turn
+evaluate --data null-gold.json => question 0: "answer" is not text or a number
+evaluate --data category.json => question 0: "category" is 6, not one of 1 to 5
+evaluate --data third.txt => third.txt: line 3: "Eve" is a third speaker besides Ann and Bob
+evaluate --data monologue.txt => monologue.txt: only Ann speaks, but two must
+evaluate --data evidence.json => "evidence" has 3, not the number of a turn, 1 to 2
+evaluate --data latin.txt => latin.txt: cannot be read as text in UTF-8
+evaluate --adversarial => --data synthetic has no adversarial questions: only LoCoMo has
+evaluate --adversarial --data narrated.json => --data narrated.json has no adversarial questions
+evaluate --export mem0 => --export mem0 needs --out FILE.json, next to which it writes
+evaluate --export locomo --out x.json => --export locomo: synthetic has other questions; give --export mem0
+evaluate --export longmemeval --data locomo.json --out x.json => --export longmemeval: locomo.json has other questions
+evaluate --export dpr => argument --export: invalid choice: 'dpr'
+evaluate --model templates => has the chat templates rag, tool_use; name one of them 'default'
+evaluate --model conv1d => model conv1d: LoRA needs nn.Linear layers, and gpt2 has none; choose one of llama, mistral
+evaluate --model scaled => model scaled: granite changes its head's logits and cannot be scored
+evaluate --embedder weighted => embedder 'weighted' cannot be loaded as an encoder (ValueError: it needs weightedmean
+evaluate --embedder dense => 'dense' cannot be loaded as an encoder (ValueError: it needs Dense, which is not supported)
+evaluate --embedder unprompted => its pooling leaves out the prompt, which is not supported
+evaluate --limit 1 --manager base --max-new-tokens 4090 => but the window of model
+evaluate --limit 1 --system rag --max-answer-tokens 5000 => but the window of model
+evaluate --judge-tokens 0 => --judge-tokens 0: must be at least 1
 evaluate --model ./nowhere => nowhere: no config.json there
 evaluate --out x.txt => --out x.txt: give a name that ends in .json
 evaluate --out locomo.json => locomo.json: cannot be continued, as it holds no results
@@ -158,6 +193,27 @@ def foreign(folder):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": names}))
 
 
+def write_models():
+    """Folders of models and encoders that lack something."""
+    copied("templates", lambda to: (to / "chat_template.jinja").unlink())
+    Path("templates/additional_chat_templates").mkdir()
+    for name in ("rag", "tool_use"):
+        Path(f"templates/additional_chat_templates/{name}.jinja").write_text("{{ messages }}")
+    size = {"vocab_size": len(AutoTokenizer.from_pretrained(TINY)), "bos_token_id": 1, "eos_token_id": 2}
+    for name, model in (("conv1d", GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=64, **size))),
+                        ("scaled", GraniteForCausalLM(GraniteConfig(
+                            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=2, logits_scaling=4.0, **size)))):
+        copied(name, model.save_pretrained)
+    for name, file, content in (
+            ("weighted", "1_Pooling/config.json", {"pooling_mode": "weightedmean"}),
+            ("unprompted", "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "include_prompt": False}),
+            ("dense", "modules.json", [{"type": "sentence_transformers.models.Dense"}])):
+        shutil.copytree(TINY, name)
+        Path(name, file).parent.mkdir(exist_ok=True)
+        Path(name, file).write_text(json.dumps(content))
+
+
 def misfit(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -176,6 +232,7 @@ def around(tmp_path_factory, tiny_folder):
     copied("strict", lambda to: (to / "chat_template.jinja").write_text("{{ raise_exception('no system, please') }}"))
     copied("deaf", lambda to: (to / "chat_template.jinja").write_text("Answer:"))
     copied("foreign", foreign)
+    write_models()
     Path("text.gguf").write_text("a text")
     shutil.copytree(tiny_folder, "letters")
     policy = Policy.load(TINY)
@@ -187,8 +244,18 @@ def around(tmp_path_factory, tiny_folder):
     for name, content in {
             "locomo": [ENTRY], "null": None, "strange": [{"name": "x"}], "silent": [edited(ENTRY, "qa", value=[])],
             "mistaken": [edited(ENTRY, "conversation", "session_2", 0, "speaker", remove=True)],
-            "unlinked": [edited(ENTRY, "qa", value=[ENTRY["qa"][2]])]}.items():
+            "unlinked": [edited(ENTRY, "qa", value=[ENTRY["qa"][2]])],
+            "null-gold": [edited(ENTRY, "qa", 0, "answer")], "category": [edited(ENTRY, "qa", 0, "category", value=6)],
+            "nan": [CHATS | {"answer": math.nan}], "listed": [CHATS | {"answer": [2, 3]}], "twice": [CHATS, CHATS],
+            "narrated": [edited(CHATS, "haystack_sessions", 0, 0, "role", value="narrator")],
+            "undated": [CHATS | {"haystack_dates": ["today"]}], "untyped": [CHATS | {"question_type": "trivia"}],
+            "quiet": [CHATS | {"haystack_sessions": [[]] * 5}], "short": [MSC | {"previous_dialogs": []}],
+            "crowd": [edited(MSC, "previous_dialogs", 0, "dialog", 0, "id", value="Speaker 3")],
+            "evidence": [TALK | {"questions": [{"question": "?", "answer": "a", "evidence": [1, 3]}]}]}.items():
         Path(f"{name}.json").write_text(json.dumps(content))
+    for name, text in (("third", "Ann: a\nBob: b\nEve: c\n"), ("monologue", "Ann: a\nAnn: b\n"),
+                       ("latin", "Ann: caf\xe9\n")):
+        Path(f"{name}.txt").write_bytes(text.encode("latin-1"))
     Path("torn.json").write_text(json.dumps([ENTRY])[:-9])
     train_manager.main([*QUICK.split(), "--out", "done"])
     shutil.copytree("done", "unselective")
