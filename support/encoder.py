@@ -32,12 +32,12 @@ def encoder_json(name, file):
 
 def read_pooling(name):
     """The keys of POOLINGS that 1_Pooling/config.json names; ["mean"] without it. ValueError if not supported."""
-    modules = {module["type"].rpartition(".")[2] for module in encoder_json(name, "modules.json")}
-    config = encoder_json(name, "1_Pooling/config.json")
+    modules = {module["type"].rpartition(".")[2]: module.get("path") for module in encoder_json(name, "modules.json")}
+    config = encoder_json(name, f"{modules.get('Pooling') or '1_Pooling'}/config.json")
     modes = np.atleast_1d(config.get("pooling_mode", [])).tolist()  # older files have a flag for each mode
     modes += [key.removeprefix("pooling_mode_") for key, is_set in config.items() if is_set is True and "_mode_" in key]
     modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes] or ["mean"]
-    if unknown := modules - {"Transformer", "Pooling", "Normalize"} | {*modes} - {*POOLINGS}:
+    if unknown := {*modules} - {"Transformer", "Pooling", "Normalize"} | {*modes} - {*POOLINGS}:
         raise ValueError(f"it needs {min(unknown)}, which is not supported")
     if config.get("include_prompt") is False:
         raise ValueError("its pooling leaves out the prompt, which is not supported")
@@ -60,7 +60,7 @@ class Encoder:
             self.model = self.model.float().to(device).eval().requires_grad_(False)
             self.poolings = [POOLINGS[mode] for mode in read_pooling(name)]
             saved = encoder_json(name, "config_sentence_transformers.json")
-            prompts = saved.get("prompts") or {}
+            prompts = {name: text or "" for name, text in (saved.get("prompts") or {}).items()}
             default = prompts.get(saved.get("default_prompt_name"), "")
             self.query_prompt = prompts.get("query", default)
             names = [key for key in ("document", "passage", "corpus") if key in prompts]

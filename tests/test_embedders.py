@@ -141,11 +141,25 @@ def test_an_encoder_pools_as_its_files_say(tmp_path, is_causal, pooling, by_hand
         np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("path, place", [("2_Pooling", -1), ("Pooling", -1), ("1_Pooling", 0), ("", 0), (None, 0)])
+def test_the_pooling_is_in_the_folder_that_the_modules_name(tmp_path, path, place):
+    folder = save_encoder(tmp_path, pooling=flags(cls_token=True), modules=[
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.Pooling", **({} if path is None else {"path": path})}])
+    if place == -1:
+        (Path(folder) / path).mkdir()
+        (Path(folder) / path / "config.json").write_text(json.dumps(flags(lasttoken=True)))
+    expected = states_of(folder, "a red cat")[place]
+    np.testing.assert_allclose(make_embedder(folder).embed(["a red cat"])[0], expected / np.linalg.norm(expected),
+                               atol=1e-5)
+
+
 @pytest.mark.parametrize("saved, query, text", [
     ({"prompts": {"query": "query : ", "document": ""}}, "query : ", ""),
     ({"prompts": {"query": "query : ", "passage": "here : "}, "default_prompt_name": None}, "query : ", "here : "),
     ({"prompts": {"short": "red : ", "other": "cat "}, "default_prompt_name": "short"}, "red : ", "red : "),
-    ({"prompts": {"short": "red : "}}, "", ""), ({"prompts": None, "similarity_fn_name": "cosine"}, "", "")])
+    ({"prompts": {"short": "red : "}}, "", ""), ({"prompts": None, "similarity_fn_name": "cosine"}, "", ""),
+    ({"prompts": {"query": None, "document": "here : "}}, "", "here : ")])
 def test_queries_and_texts_begin_with_their_prompts(tmp_path, saved, query, text):
     folder = save_encoder(tmp_path, pooling=flags(cls_token=True), prompts=saved)
     for name in (folder, f"hash+{folder}"):
