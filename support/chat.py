@@ -9,7 +9,7 @@ from support.text import normalize_whitespace
 DATE = datetime(2024, 7, 26)  # for templates that write today's date: prompts must not change from day to day
 OPTIONS = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False}  # names that templates of Llama and Qwen3 read
 # Other templates call strftime_now, which transformers defines. This macro hides it; a function cannot be passed.
-FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + "".join(
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format.replace('%-', '%')" + "".join(
     f".replace('%{code}', '{DATE:%{code}}')" for code in "AaBbdeHIjMmpSYy") + " }}{% endmacro %}{{ '' }}"
 SYSTEM, USER, REPLY = "Be brief.", "Hello there.", "Good morning."
 
@@ -51,7 +51,8 @@ class ChatTemplate:
         reason = "it drops the user's message"
         for self.merges_system, self.uses_parts in product((False, True), repeat=2):
             try:
-                text = self.render([message("system", SYSTEM), message("user", USER)], tokenize=False)
+                text = self.render([message("system", SYSTEM), message("user", USER)], tokenize=False,
+                                   add_generation_prompt=True)
             except Exception as error:  # whatever a template raises; some refuse system messages
                 reason = normalize_whitespace(str(error))[:200]
                 continue

@@ -132,7 +132,7 @@ class Endpoint:
                     if not CHAT_TOO_LONG.search(words):
                         self.limit = max(self.worked, min(self.limit, sent["max_tokens"]))
                     continue
-                refused = {error.param} & {*sent} or {name for name in sent if name in words}
+                refused = {str(error.param)} & {*sent} or {name for name in sent if name in words}
                 if not refused:
                     raise
                 self.refused |= refused
@@ -145,6 +145,7 @@ class Endpoint:
             text = message.content
             if isinstance(text, list):  # Mistral's: the reasoning is a part of its own
                 text = "".join(part["text"] for part in text if part["type"] == "text")
+            problem = getattr(choice, "error", None) or getattr(message, "refusal", None)
             reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # the client checks nothing
             raise self.usage_error(f"HTTP 200 {response.text or 'without a body'}") from None
@@ -152,7 +153,7 @@ class Endpoint:
             return text if isinstance(text, str) else "", False
         if reason == "error" or not isinstance(text, str) or (reasoning and not text.strip()):
             raise self.usage_error(f"no content, only reasoning: {reasoning}" if reasoning
-                                   else f"HTTP 200 {words_of(getattr(choice, 'error', None) or response.text)}")
+                                   else f"HTTP 200 {words_of(problem or response.text)}")
         return text, bool(text.strip())
 
     def usage_error(self, words) -> UsageError:

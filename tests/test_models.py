@@ -182,6 +182,15 @@ def test_only_the_tiny_model_may_drop_the_system_message(caplog):
     assert rendered(USER_ONLY, str(TINY)) == "U w11 E " and not caplog.messages
 
 
+def test_a_template_is_tried_as_a_prompt_is_written():
+    """This one refuses to render a chat that no reply follows."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = PLAIN + "{% if not add_generation_prompt %}{{ raise_exception('Go on') }}{% endif %}"
+    chat = ChatTemplate(tokenizer, "some/model")
+    assert chat.render(CHAT, tokenize=False, add_generation_prompt=True) == "system the cat E user hi the E "
+    assert chat.end_of_turn == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("template", [
     "{{ raise_exception('no chats, please') }}", "always the same", "{{ messages.x.y }}"])
 def test_a_template_that_loses_messages_is_one_line(template):
@@ -203,7 +212,8 @@ def test_of_several_named_templates_the_default_one_is_taken(names):
 
 @pytest.mark.parametrize("template, today", [
     ("{{ date_string if date_string is defined else 'none' }} ", "26 Jul 2024"),
-    ("\n{{ strftime_now('%Y-%m-%d') }} ", "\n2024-07-26"), ("{{ strftime_now('%B %d, %Y') }} ", "July 26, 2024"),
+    ("\n{{ strftime_now('%Y-%m-%d') }} ", "\n2024-07-26"),
+    ("{{ strftime_now('%-d %b') }} ", "26 Jul "), ("{{ strftime_now('%B %d, %Y') }} ", "July 26, 2024"),
     ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }} ",
      "26 Jul 2024")])
 def test_a_template_never_writes_todays_date(template, today):
