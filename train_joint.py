@@ -30,8 +30,8 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
-from support.loop import run_training
-from support.run import check_out
+from support.loop import advice, run_training
+from support.run import check_out, warn_once
 from support.trajectories import draw
 
 AGENTS = {"manager": train_manager, "answer": train_answer}  # adapter: its script
@@ -142,6 +142,8 @@ def make_train(settings: dict[str, argparse.Namespace]):
             row, samples = {"reward": 0.0, "skipped": 0}, []
             for name in adapters:
                 metrics, some = grpo.train_step(policy, optimizers[name], task.agents[name], name, configs[name], step)
+                for text in advice(metrics, vars(settings[name])) if step == 1 else ():
+                    warn_once(f"step 1, {name}: {text}")
                 row["reward"] += metrics["reward"] / len(adapters)
                 row["skipped"] += metrics["skipped"]
                 row |= {key if key == "not_finite_in" else f"{name}_{key}": value for key, value in metrics.items()}

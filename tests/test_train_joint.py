@@ -14,7 +14,7 @@ import train_joint
 import train_manager
 from data import UsageError
 from policy import Policy
-from support.run import read_rows
+from support.run import read_rows, warn_once
 
 MANAGER = ["--batch-size", "3", "--group-size", "3", "--trajectories", "0"]
 ANSWER = ["--batch-size", "2", "--group-size", "2", "--minibatch", "0", "--max-new-tokens", "40"]
@@ -66,6 +66,15 @@ def test_each_agent_is_rewarded_by_the_other_as_it_is(tmp_path, monkeypatch):
     moved = [sum(x.abs().sum() for x in torch.load(path, weights_only=True)["parameters"])
              for path in sorted((tmp_path / "run/checkpoint").glob("*.pt"))]
     assert len(moved) == 2 and moved[0] != moved[1]
+
+
+def test_the_first_step_tells_which_agent_cannot_learn(tmp_path, capsys):
+    warn_once.cache_clear()
+    train_joint.main([*QUICK, "--manager", " ".join([*MANAGER, "--max-new-tokens", "2"]), "--steps", "1",
+                      "--out", str(tmp_path / "run")])
+    notes = capsys.readouterr().err
+    assert "note: step 1, manager: 100% of the completions were cut off at --max-new-tokens 2" in notes
+    assert "step 1, answer: 100% of the completions" not in notes
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2])
