@@ -7,7 +7,7 @@ One training step, with the function that does it:
 2. sample a group of G completions for each prompt                            policy.sample
 3. compute their rewards                                                      task.rewards
 4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
-   (outputs of trajectories have groups by labels: see train_manager.py)       labelled_advantages
+   (outputs of trajectories: support/trajectories.py)                         labelled_advantages
 5. compute the clipped surrogate and the KL penalty, and their gradients      grpo_loss, accumulate_gradients
 6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
 7. write one line to metrics.jsonl                                            loop.log
@@ -60,7 +60,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The input of the update. P counts only its groups: groups of the step whose rewards differ, or some of them."""
+    """The input of the update. P counts only its groups: all with an advantage other than 0, or some of them."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids (trajectories: groups of one)
     logp_old: torch.Tensor  # (N, C)

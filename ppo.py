@@ -8,7 +8,7 @@ One training step, with the function that does it:
 3. compute their rewards                                                      task.rewards
 4. compute advantages by GAE from the critic's values, whitened over the
    batch, and the log-probs of the reference                                  gae, whiten, make_rollouts
-   (outputs of trajectories have the outcome as reward: see train_manager.py)  add_trajectories
+   (outputs of trajectories: support/trajectories.py)                         add_trajectories
 5. compute the clipped surrogate, the KL penalty and the critic's error, and
    their gradients                                       ppo_loss, value_loss, accumulate_gradients
 6. update both adapters with AdamW, in `epochs` passes over the rollouts      update

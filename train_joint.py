@@ -37,6 +37,8 @@ from support.trajectories import draw
 AGENTS = {"manager": train_manager, "answer": train_answer}  # adapter: its script
 OTHER = {"manager": "--answer-adapter", "answer": "--manager-adapter"}  # flag of a script that names the other agent
 NOW = "the one that is trained at the same time"
+SHARED = [f"--{name}" for name in ("steps", "seed", "model", "data", "algo", "init-adapter", "checkpoint-every", "out",
+                                   "device", "dtype", "resume", "overwrite")]  # flags that both agents share
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespa
     args = parser.parse_args(argv, argparse.Namespace(agent="joint", presets={}))
     if args.algo != "grpo":
         raise UsageError(f"--algo {args.algo}: train_joint.py trains with grpo; the other scripts have ppo and sft")
-    shared = [one.name for one in fields(cli.RunFlags) if one.name not in ("algo", "out", "resume", "overwrite")]
-    common = [word for name in (*shared, "steps", "seed", "checkpoint_every") if getattr(args, name) is not None
+    given = [one.name for one in fields(cli.RunFlags) if one.name not in ("algo", "out", "resume", "overwrite")]
+    common = [word for name in (*given, "steps", "seed", "checkpoint_every") if getattr(args, name) is not None
               for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     settings = {}
     for name, script in AGENTS.items():
@@ -170,10 +172,10 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespa
             own = shlex.split(getattr(args, name))
         except ValueError as error:
             raise UsageError(f"--{name} {getattr(args, name)}: {error}") from None
+        for word in own:
+            if word.partition("=")[0] in SHARED:
+                raise UsageError(f"{word.partition('=')[0]}: not inside --manager or --answer")
         settings[name] = script.arguments([*common, OTHER[name], NOW, *own])
-    for name in ("steps", "seed", "model", "data", "algo", "init_adapter"):
-        if any(getattr(own, name) != getattr(args, name, None) for own in settings.values()):
-            raise UsageError(f"--{name.replace('_', '-')}: not inside --manager or --answer")
     args.distill, args.warmup = settings["answer"].distill, settings["manager"].warmup
     args.schedule, args.settings = settings["manager"].schedule, {name: vars(own) for name, own in settings.items()}
     return args, settings

@@ -1,8 +1,8 @@
 """
-Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). The only signal of reinforcement learning
+Train the Memory Manager (Memory-R1, arXiv 2508.19828, Alg. 1 and sec. 3.1). The signal of reinforcement learning
 is whether questions are answered correctly from the edited bank.
 
-    python train_manager.py --algo grpo                       # tiny model, synthetic data, two CPU cores, minutes
+    python train_manager.py --algo grpo                       # tiny model, synthetic data, minutes on a CPU
     python train_manager.py --algo grpo --model Qwen/Qwen2.5-3B-Instruct --data locomo --steps 50
     python train_manager.py --algo sft                        # the baseline Memory-SFT: clone reference operations
     python train_manager.py --algo grpo --init-adapter runs/manager-sft      # start from what SFT has learned
@@ -16,7 +16,7 @@ One episode is one turn of a dialogue:
 4. apply each output's edits to its own fork of the bank, and let the frozen
    Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
-6. the outputs of trajectories are trained on too, by their final banks         support/trajectories.py
+6. train on the outputs of trajectories too, rewarded by their final banks      support/trajectories.py
 
 Differences from the paper: GPT-4o-mini builds the banks of step 1 there, and GPT-5 is the teacher of Memory-SFT. Here
 `--bank` and `--teacher` choose.
@@ -113,7 +113,7 @@ class Episode:
     questions: tuple[Question, ...]  # linked to the turn, the same for all outputs of a group
     speakers: tuple[str, str]
     dropped: int = 0  # memories that the prompt dropped because of its length
-    words: int = 0  # of the turns that the edited bank is made from
+    words: int = 0  # number of words of the turns that the edited bank is made from
 
 
 def contents(memories: Iterable[Memory]) -> list[tuple[str, str, str]]:
@@ -146,14 +146,17 @@ class ManagerTask:
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
         first = step - (step - 1) % self.args.refresh
-        self.played = None
+        self.played = self.as_played([])
         if step == first or not self.pool:
             self.pool = self.make_pool(first, step == first)
         start = (step - first) * self.args.batch_size
         return self.pool[start:start + self.args.batch_size]
 
     def make_pool(self, first: int, is_new: bool = True) -> list[Episode]:
-        """The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random."""
+        """
+        The episodes of the steps `first`, ..., `first + refresh - 1`, drawn from the dialogues at random. A resumed run
+        finds their banks in its checkpoint, but not the trajectories: step `first` (`is_new`) samples them again.
+        """
         if self.args.bank == "trajectory":
             num_episodes, dialogues = self.args.batch_size * self.args.refresh, self.copies(first)
         else:
@@ -165,14 +168,15 @@ class ManagerTask:
         drawn = draw(random.Random(f"{self.args.seed} {first}"), turns, num_episodes)
         self.base.read_facts(dialogues)
         key = [first, *([dialogues[n].id, n, i] for n, i in drawn)]
-        if is_new or self.state.get("pool") != key:  # equal in a run that is resumed between two refreshes
+        if is_new or self.state.get("pool") != key:
             if self.args.trajectories:
-                self.play(first)
+                self.play(dialogues if self.args.bank == "trajectory" else self.copies(first))
             self.state = {"pool": key, "memories": self.banks_before(dialogues, drawn)}
         return [self.make_episode(dialogues[n], i, memories)
                 for (n, i), memories in zip(drawn, self.state["memories"], strict=True)]
 
     def training_dialogues(self, first: int, count: int) -> list[Dialogue]:
+        """All dialogues of real data, or `count` synthetic ones, with a seed for step `first`."""
         return self.dialogues or data.load("synthetic", "train", count=count, seed=self.args.seed * 100_000 + first)
 
     def copies(self, first: int) -> list[Dialogue]:
@@ -182,9 +186,9 @@ class ManagerTask:
         found = [dialogue for dialogue in found if linked_questions(dialogue, args.window)]
         return [dialogue for dialogue in draw(rng, found, args.conversations) for _ in range(args.trajectories)]
 
-    def play(self, first: int) -> None:
-        """Sample trajectories and score their final banks: the global part."""
-        args, copies = self.args, self.copies(first)
+    def play(self, copies: Sequence[Dialogue]) -> None:
+        """Sample a trajectory of each dialogue and score its final bank: the global part."""
+        args = self.args
         builds = manager.build_banks(self.trained, copies, self.embedder, temperature=args.temperature)
         self.trajectories = list(zip(copies, builds, strict=True))
         asked = [(n, question) for n, dialogue in enumerate(copies) for question in dialogue.final_questions()]
@@ -195,9 +199,15 @@ class ManagerTask:
             penalty = self.penalty(build.bank, num_words(dialogue.turns))
             rows += [(*build.outputs[i][1:], score - penalty, (n // args.trajectories, i)) for i, score in outcomes(
                 dialogue, own, args.outcome == "whole").items() if build.outputs[i][1]]
+        self.played = self.as_played(rows)
+
+    def as_played(self, rows: Sequence[tuple]) -> Played | None:
+        """Outputs of trajectories from (prompt, completion, reward, label) rows. Without rows it holds the weights."""
+        if not self.args.trajectories:
+            return None
         prompts, completions, rewards, labels = map(list, zip(*rows, strict=True)) if rows else [[]] * 4
-        self.played = Played(prompts, completions, torch.tensor(rewards), labels,
-                             (args.local_weight, args.global_weight)) if rows else None
+        return Played(prompts, completions, torch.tensor(rewards), labels,
+                      (self.args.local_weight, self.args.global_weight))
 
     def penalty(self, bank: MemoryBank, words: int) -> float:
         return self.args.compression_penalty and self.args.compression_penalty * excess(bank, words)
@@ -250,7 +260,7 @@ class ManagerTask:
                    "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
                    "ops": {event: ops[event] for event in manager.EVENTS},
                    "bank_size": sum(bank_sizes) / max(1, len(bank_sizes))}
-        if self.played:
+        if self.played and self.played.prompts:
             sizes = [len(build.bank) for _, build in self.trajectories]
             metrics |= {"outcome": self.played.rewards.mean().item(), "final_bank_size": sum(sizes) / len(sizes)}
         samples = [{"prompt": manager.case_text(one.case.speaker, one.case.time, one.case.shown(), one.case.facts),
@@ -358,10 +368,10 @@ def arguments(argv=None) -> argparse.Namespace:
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
     args.trajectories = getattr(args, "trajectories", 0)  # SFT has none
     args.bank = args.bank or ("oracle" if args.trajectories == 0 else "trajectory")
-    has_replays = args.bank == "trajectory"
-    args.refresh = args.refresh or (3 if has_replays else 5)
-    args.trajectories = (4 if has_replays else 0) if args.trajectories is None else args.trajectories
-    if has_replays and not args.trajectories:
+    uses_trajectories = args.bank == "trajectory"
+    args.refresh = args.refresh or (3 if uses_trajectories else 5)
+    args.trajectories = (4 if uses_trajectories else 0) if args.trajectories is None else args.trajectories
+    if uses_trajectories and not args.trajectories:
         raise UsageError("--bank trajectory needs --trajectories 1 or more, and --algo grpo or ppo")
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")

@@ -132,7 +132,7 @@ class Loop:
         if step == 1 and "algo" in self.run.config:  # a toy has no flags to change
             left = self.config.steps - step
             duration = timedelta(seconds=round(left * metrics["seconds"]))
-            tqdm.write(f"{metrics['seconds']:.1f} s a step; {left} more like this one take {duration}")
+            tqdm.write(f"{metrics['seconds']:.1f} s a step; {left} more like this one would take {duration}")
             for text in advice(metrics, self.run.config):
                 warn_once(f"step 1: {text}")
 

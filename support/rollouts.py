@@ -21,7 +21,7 @@ class Played:
     """
     prompts: list[list[int]]  # N
     completions: list  # N policy.Completion
-    rewards: torch.Tensor  # (N,) the outcome of its trajectory
+    rewards: torch.Tensor  # (N,) from the final bank of its trajectory
     labels: list  # N hashable values
     weights: tuple[float, float] = (1.0, 1.0)  # of the advantages of the step's groups, and of these outputs
 

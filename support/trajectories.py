@@ -1,6 +1,6 @@
 """
 Trajectories of the Memory Manager: whole conversations, as in Memory-R2 (LoGo-GRPO, arXiv 2605.21768). They are the
-global part of a step; its local part are the episodes of train_manager.py.
+global part of the first step after each --refresh; the local part of every step are the episodes of train_manager.py.
 
 1. sample N trajectories of a conversation in lockstep, each from an empty bank          ManagerTask.play
 2. reward of an output at turn i by the final bank M of its trajectory                   outcomes
@@ -10,12 +10,13 @@ global part of a step; its local part are the episodes of train_manager.py.
 3. GRPO compares the outputs at turn i of one conversation; for PPO r is the terminal reward   grpo.labelled_advantages
 4. multiply the advantages of each part by its weight; one update with all rows          grpo.make_rollouts
 
-The siblings of a trajectory's output have seen other banks, so a difference at turn 1 also credits turn 2. The outputs
-of an episode start from one bank and differ in one turn only. `--bank trajectory` takes that bank from a trajectory.
+Trajectories differ in their earlier banks, so the edit at turn 2 may be credited for a difference at turn 1. The
+outputs of an episode start from one bank and differ in one turn only. `--bank trajectory` takes it from a trajectory.
 
 Memory-R2's code samples its local outputs greedily and asks all questions so far; here they are sampled, and the linked
-questions are asked. It concatenates both parts; its local part then has 1/8 of the weight. A turn without a question
-has the penalty as its reward there, which the division by the standard deviation amplifies.
+questions are asked. Both concatenate the parts, so a part counts by its number of tokens; in Memory-R2 the local one is
+an eighth. Its turns without a question have the penalty as reward, which dividing by the std amplifies. An output that
+cannot be read scores 0 in an episode; in a trajectory it changes nothing, and is rewarded like any other.
 """
 import random
 from collections import defaultdict
@@ -25,20 +26,20 @@ from dataclasses import dataclass, replace
 from data import Dialogue, Question, UsageError
 from support.cli import RewardFlags, flag
 
-FREE = 0.7  # words of a bank per word of the turns that have no penalty, as in Memory-R2
+FREE = 0.7  # words of a bank without a penalty, per word of the turns, as in Memory-R2
 
 
 @dataclass(frozen=True)
 class TrajectoryFlags(RewardFlags):
-    trajectories: int | None = flag(None, "samples of a whole conversation, which are compared with each other; 0: "
-                                    "none (4, but 0 on real data and with another --bank)", least=0)
-    conversations: int = flag(3, "conversations that have trajectories at the same time", least=1)
+    trajectories: int | None = flag(None, "samples of a whole conversation, which are compared with each other (4 "
+                                    "with --bank trajectory, else 0)", least=0)
+    conversations: int = flag(3, "conversations that are sampled in a refresh", least=1)
     horizon: int = flag(0, "turns of a trajectory, from the first one on; 0: all. For a curriculum, raise it in stages "
                         "with --resume", least=0)
     outcome: str = flag("turn", "reward of a trajectory's output: mean score of the questions whose last evidence is "
                         "its turn, or of the whole conversation", choices=("turn", "whole"))
-    compression_penalty: float = flag(0.0, "lam: rewards fall by this times the words of the bank above 0.7 of the "
-                                      "words of the turns, per word of the turns", least=0)
+    compression_penalty: float = flag(0.0, "lam: lam * max(0, W / D - 0.7) is subtracted from rewards; W, D: words "
+                                      "of the bank and of the turns", least=0)
     local_weight: float = flag(1.0, "weight of the episodes' advantages, if there are trajectories", least=0)
     global_weight: float = flag(1.0, "weight of the trajectories' advantages", least=0)
 
@@ -65,8 +66,8 @@ def excess(bank: Iterable, words: int) -> float:
 
 def outcomes(dialogue: Dialogue, scores: Sequence[tuple[Question, float]], is_whole: bool) -> dict[int, float]:
     """
-    {index of a turn: mean score of the questions whose last evidence it is}; with `is_whole` the mean of all scores
-    for every turn. Turns without a question are left out.
+    {index of a turn: mean score of the questions whose last evidence it is}, without turns that are the last evidence
+    of none. With `is_whole`: the mean of all scores, for every turn.
     """
     places, found = {turn.id: i for i, turn in enumerate(dialogue.turns)}, defaultdict(list)
     for question, score in scores:

@@ -281,6 +281,19 @@ def test_a_difference_in_turn_1_also_credits_turn_2_but_not_in_the_local_group(t
         assert not grpo.group_advantages(made.rewards([episode], group)[0]).any()
 
 
+def test_steps_between_two_refreshes_have_the_local_part_alone_with_its_weight(tmp_path):
+    made, _ = played_by_hand(tmp_path, "--local-weight", 0, "--refresh", 2)
+    assert len(made.played.prompts) == 4
+    episodes = made.batch(2)
+    assert made.played.prompts == [] and made.played.weights == (0, 1)
+    groups = [[Completion([5], [-1.0], True, text) for text in ('[{"event": "NOOP"}]', "nonsense")] for _ in episodes]
+    rewards = torch.tensor([[1.0, 0.0]] * len(episodes))
+    prompts, config = [one.prompt for one in episodes], grpo.Config(beta=0)
+    assert grpo.make_rollouts(made.policy, prompts, groups, rewards, config, played=made.played) is None
+    assert len(grpo.make_rollouts(made.policy, prompts, groups, rewards, config).advantages) == 2 * len(episodes)
+    assert not ppo.add_trajectories(prompts, groups, rewards, made.played)[-1].any()
+
+
 def test_the_compression_penalty_lowers_both_parts(tmp_path):
     """Final banks of 4 and 2 words, 8 words of dialogue: none has excess. With three times the words one has."""
     made, [episode, *_] = played_by_hand(tmp_path, "--outcome", "whole", "--compression-penalty", "0.5")
