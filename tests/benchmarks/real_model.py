@@ -35,6 +35,7 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "answer-0": ("qwen", f"{TRAIN} --algo grpo --seed 0 --out OUT/answer-0"),
     "answer-1": ("qwen", f"{TRAIN} --algo grpo --lr 2e-4 --seed 1 --out OUT/answer-1"),
     "test-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer base OUT/answer-0 --out OUT/test-0.json"),
+    "sft-0": ("qwen", f"{TRAIN} --algo sft --steps 38 --out OUT/sft-0"),
     "smollm2-sft": ("smollm2", f"{TRAIN} --algo sft --steps 38 --out OUT/smollm2-sft"),
     "smollm2-grpo": ("smollm2", f"{TRAIN} --algo grpo --out OUT/smollm2-grpo"),
     "smollm2-sft-grpo": ("smollm2", f"{TRAIN} --algo grpo --init-adapter OUT/smollm2-sft --out OUT/smollm2-sft-grpo"),
