@@ -224,8 +224,11 @@ class Evaluator:
             return [replace(memory, speaker=both) for memory in bank][::-1], (both,)
         k, wider = max(1, system.memories // 2), RERANK_FROM if self.reranker else 1
         found = answer.retrieve(bank, question, speakers, k * wider, system.named_only, self.args.floor)
-        ranked, banks = [memory for memory, _ in found], answer.banks_searched(question, speakers, system.named_only)
-        return self.reranker.best(question, ranked, k * len(banks)) if self.reranker else ranked, speakers
+        ranked = [memory for memory, _ in found]
+        if self.reranker:
+            banks = answer.banks_searched(question, speakers, system.named_only)
+            ranked = self.reranker.best(question, ranked, k * len(banks))
+        return ranked, speakers
 
     def sources_of(self, dialogue: str, memories: Sequence[Memory]) -> list[str]:
         """Ids of the turns that wrote some memories, in the order of the memories."""

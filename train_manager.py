@@ -366,12 +366,11 @@ def arguments(argv=None) -> argparse.Namespace:
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
     if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
-    args.trajectories = getattr(args, "trajectories", 0)  # SFT has none
-    args.bank = args.bank or ("oracle" if args.trajectories == 0 else "trajectory")
-    uses_trajectories = args.bank == "trajectory"
-    args.refresh = args.refresh or (3 if uses_trajectories else 5)
-    args.trajectories = (4 if uses_trajectories else 0) if args.trajectories is None else args.trajectories
-    if uses_trajectories and not args.trajectories:
+    given = getattr(args, "trajectories", 0)  # SFT has none
+    args.bank = args.bank or ("oracle" if given == 0 else "trajectory")
+    trajectories, refresh = (4, 3) if args.bank == "trajectory" else (0, 5)
+    args.trajectories, args.refresh = trajectories if given is None else given, args.refresh or refresh
+    if args.bank == "trajectory" and not args.trajectories:
         raise UsageError("--bank trajectory needs --trajectories 1 or more, and --algo grpo or ppo")
     if args.data != "synthetic" and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
