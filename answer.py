@@ -27,9 +27,9 @@ from datetime import date
 from data import TINY, Turn, banks_of, is_tiny
 from manager import load_manager, print_safely, read_turn
 from memory import Memory, MemoryBank, make_embedder
-from support.cli import Parser, exit_cleanly
+from support.cli import Parser, exit_cleanly, model_size
 from support.prompts import fit_prompt, generate, memory_lines
-from support.run import check_distill
+from support.run import trained_distill
 from support.text import (
     MAX_ANSWER_CHARS,
     MAX_OUTPUT_CHARS,
@@ -52,6 +52,10 @@ class Settings:
     max_prompt_tokens: int | None = 1024  # longer prompts lose their least similar memories; None: no limit
     max_new_tokens: int = 200
 
+
+CHAT = {  # by the model's size; small models answer worse from many memories, and if they have to select first
+    "tiny": Settings(4, named_only=True), "small": Settings(8, distill=False, max_prompt_tokens=4096),
+    "large": Settings(60, max_prompt_tokens=4096)}
 
 # Prompts of real models, chosen on LoCoMo's train and val conversations (docs/results.md). They show no example answer,
 # because small models repeat it. The tiny model's chat template drops system messages.
@@ -248,10 +252,10 @@ def main(argv=None) -> None:
     embedder, exists = make_embedder("hash"), os.path.exists(args.bank)
     bank = MemoryBank.load(args.bank, embedder) if exists or args.question else MemoryBank(embedder)
     manager = load_manager(args.model, args.manager)
+    settings = CHAT[model_size(args.model)]
     if args.answer:
-        check_distill(args.answer)
+        settings = replace(settings, distill=trained_distill(args.answer, settings.distill))
         manager.policy.load_adapter("answer", args.answer)
-    settings = Settings(4, named_only=True) if is_tiny(args.model) else Settings(60, max_prompt_tokens=4096)
     lines = [args.question] if args.question else iter(lambda: input(f"{args.name}> ").strip(), "")
     with suppress(EOFError):  # Ctrl-D ends a chat, as an empty line does
         for line in lines:

@@ -14,6 +14,7 @@ then one of the Answer Agent (`grpo.train_step`), with the task, the defaults an
 3. The held-out evaluation of each script uses both agents as they are now; that of the Answer Agent is end to end: the
    Manager builds the banks of long conversations, from empty ones             JointTask.evaluate
 """
+import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import random
 import shlex

@@ -70,7 +70,7 @@ SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, 
     "group_size": 8,  # also for PPO, so that both learn from equally many outputs
     "batch_size": 8,  # 64 outputs, each with answers to its linked questions: minutes on a CPU
     "minibatch": 4,  # two optimizer steps on a batch
-    "steps": 30,  # 240 turns: every turn that questions judge appears twice
+    "steps": 30,  # 240 turns: every turn that questions score appears twice
     "lr": 1e-4,  # LoRA tolerates larger steps on small models
     "warmup": 3,  # a tenth of the steps
     "beta": 0.005,  # few steps do not move far

@@ -75,6 +75,8 @@ class Pair:
 def read_run(folder: str, names: Sequence[str] = ()) -> Pair:
     """Two held-out evaluations of a run, by default of the untrained and the trained agent. UsageError without them."""
     config, systems, names = read_config(folder), defaultdict(dict), names or ("untrained", "trained")
+    if config["agent"] not in AGENTS:
+        raise UsageError(f"{folder} has trained both agents: give FILE.json of evaluate.py --out with its adapters")
     frozen = f"bank of {config.get('manager_adapter') or 'the base model'}, for both"  # in training of the Answer Agent
     for row in read_rows(Path(folder, "held_out.jsonl")):  # the last line counts if a resumed run wrote it again
         source = row["eval"] if config["agent"] == "manager" else frozen

@@ -32,7 +32,7 @@ def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> s
     num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
     if not linked:
         reason = "names a turn as evidence" if without == len(asked) else f"fits into --window {args.window}"
-        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be judged")
-    return (f"--data {args.data}: {num_linked} of {len(asked)} questions judge {len(linked)} turns; left out: "
+        raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be scored")
+    return (f"--data {args.data}: {num_linked} of {len(asked)} questions score {len(linked)} turns; left out: "
             f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
             f"--window {args.window} turns apart")

@@ -243,7 +243,7 @@ def advice(metrics: dict, settings: dict) -> list[str]:
         found.append(f"{rate:.0%} of the outputs are invalid and score 0: see samples.jsonl, begin with --algo sft and "
                      "go on with --init-adapter, or choose a larger model")
     if metrics.get("zero_std_rate") == 1:
-        graded = "--reward composite, " if settings["reward"] == "em" else ""
+        graded = "--reward f1, " if settings["reward"] == "em" else ""
         found.append(f"the rewards of every group are equal (mean {metrics['reward']:.2f}), so there is nothing to "
                      f"learn from: try {graded}a larger --group-size, or --algo sft and then --init-adapter")
     return found

@@ -166,16 +166,19 @@ def read_config(folder: str | Path) -> dict:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
 
 
-def check_distill(folder: str | Path, distill: bool = True) -> None:
-    """Refuse an Answer Agent that was trained with the other prompt. An adapter without its run is accepted."""
+def trained_distill(folder: str | Path, default: bool) -> bool:
+    """Whether an Answer Agent was trained with distillation; the default for an adapter without its run."""
     for place in (Path(folder), Path(folder).parent):
         with suppress(UsageError):
-            if read_config(place).get("distill", distill) != distill:
-                break
-    else:
-        return
-    raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation, but is used "
-                     f"{'with' if distill else 'without'} it here")
+            return read_config(place).get("distill", default)
+    return default
+
+
+def check_distill(folder: str | Path, distill: bool) -> None:
+    """Refuse an Answer Agent that was trained with the other prompt."""
+    if trained_distill(folder, distill) != distill:
+        raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation, but is used "
+                         f"{'with' if distill else 'without'} it here")
 
 
 def check_resumed_config(path, settings):

@@ -20,6 +20,7 @@ import train_manager
 from data import UsageError
 from memory import MemoryBank, make_embedder
 from policy import Policy
+from support.run import Run
 
 ROOT = Path(__file__).parents[1]
 TALK = """\
@@ -163,6 +164,23 @@ def test_one_question_to_a_bank(agents, capsys):
     assert capsys.readouterr().out == printed and len(saved("bank.json")) == 3, "no question mark is needed"
     with pytest.raises(UsageError, match="nowhere.json: cannot be read as a memory bank"):
         answer.main(["nowhere.json", "Why?"])
+
+
+@pytest.mark.parametrize("size, trained, memories, selects", [
+    ("tiny", None, 4, True), ("small", None, 8, False), ("small", True, 8, True), ("large", False, 12, False),
+    ("large", None, 12, True)])
+def test_the_prompt_is_that_of_the_training(agents, capsys, monkeypatch, size, trained, memories, selects):
+    monkeypatch.setattr(answer, "model_size", lambda model: size)
+    bank = MemoryBank(make_embedder("hash"))
+    for i in range(12):
+        bank.add(f"tea number {i}", ("Jon", "Gina")[i % 2], "")
+    bank.save("bank.json")
+    if trained is not None:
+        Run("run", {"agent": "answer", "algo": "grpo", "distill": trained})
+    answer.main(["bank.json", "Is there tea?", *(["--answer", "run"] if trained is not None else [])])
+    *lines, said = capsys.readouterr().out.splitlines()
+    assert len(lines) == memories and said == "    answer: ?[2Jyes"
+    assert ("relevant" in str(list(agents.chats.values())[-1])) == selects
 
 
 def test_from_the_shell_with_the_tiny_model():

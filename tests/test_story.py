@@ -223,6 +223,9 @@ def test_a_resumed_run_drops_later_records_and_counts_repeated_ones_once(tmp_pat
     assert held_out.read_run(tmp_path).systems["trained"]["d"]["questions"] == [{"em": 0.75}]
     Run(tmp_path, {"agent": "manager", "algo": "grpo"}, overwrite=True)
     assert not (tmp_path / "held_out.jsonl").exists()
+    Run(tmp_path, {"agent": "joint", "algo": "grpo"}, overwrite=True)
+    with pytest.raises(UsageError, match="has trained both agents: give FILE.json"):
+        held_out.read_run(tmp_path)
 
 
 def test_the_conversation_shown_is_the_typical_one():
