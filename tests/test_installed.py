@@ -19,7 +19,7 @@ def run(tmp_path, stubs, *command):
 
 @pytest.mark.parametrize("script, stubs, words", [
     ("train_manager", {"hnswlib": "import absent"}, "hnswlib cannot be imported (No module named 'absent')"),
-    ("train_joint", {"tqdm": "import absent"}, "tqdm cannot be imported (No module named 'absent')"),
+    ("train_joint", {"hnswlib": "import absent"}, "hnswlib cannot be imported (No module named 'absent')"),
     ("memory", {"hnswlib": "raise ImportError('GLIBCXX_3\\nis old')"}, "hnswlib cannot be imported (GLIBCXX_3 is old)"),
     ("train_answer", {"torch": "raise OSError('libcudart.so: none')"}, "torch cannot be imported (libcudart.so: none)"),
     ("evaluate", {"transformers": "import nowhere", "hnswlib": "import nowhere", "tqdm": "import nowhere"},
