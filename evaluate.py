@@ -54,7 +54,7 @@ REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
 LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
 REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
 REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
-MODELS = {"tiny": {}, "large": REAL_MODEL, "small": REAL_MODEL | {"distill": False}}  # small: see train_answer.py
+MODELS = {"tiny": {}, "large": REAL_MODEL, "small": REAL_MODEL | {"distill": False, "extract": False}}
 BUILDERS = {"none": manager.noop_banks, "rag": manager.turn_banks, "full-context": manager.turn_banks,
             "oracle": manager.oracle_banks}  # baselines that need no model
 RAW = ("none", "rag", "full-context")  # no operations to report

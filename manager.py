@@ -28,7 +28,7 @@ import data
 from data import TINY, Dialogue, Operation, Turn, UsageError, banks_of, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
-from support.cli import Parser, exit_cleanly
+from support.cli import Parser, exit_cleanly, model_size
 from support.prompts import FACTS_SHOWN, OPERATIONS_SHOWN, date_suffix, fit_prompt, generate, memory_lines
 from support.text import (
     MAX_OPERATIONS,
@@ -355,7 +355,7 @@ def load_manager(model: str, adapter: str | None) -> Manager:
     policy = Policy.load(model)
     if adapter:
         policy.load_adapter("manager", adapter)
-    real = Settings(top_k=10, extract=True, max_prompt_tokens=4096, max_new_tokens=512)
+    real = Settings(10, model_size(model) == "large", max_prompt_tokens=4096, max_new_tokens=512)
     return Manager(policy, adapter and "manager", Settings() if is_tiny(model) else real)
 
 

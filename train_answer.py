@@ -53,6 +53,7 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
     "eval": 8,  # about 400 questions
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
+    "extract": False,  # as in train_manager.py
     "bank": "turns",  # the base Manager of such a model loses most facts; --manager-adapter uses that Manager's banks
     "memories": 8,  # more distract it: F1 .32 with 8 or 12, .29 with 16; and 8 take two thirds of the time of 12
     "distill": False,  # selecting first costs a third of the F1: .209 instead of .327

@@ -1,5 +1,6 @@
 """Shared by several tests: policies that follow a rule or sample letters at random, and a local server."""
 import json
+import os
 import signal
 import socket
 import string
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from policy import Completion, Policy
 from support.endpoint import Endpoint
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
+    torch.set_num_threads(1)
 SPECIAL = ["<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = ("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
