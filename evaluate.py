@@ -33,15 +33,7 @@ from policy import Policy
 from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, model_size, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import (
-    RecordedPolicy,
-    Reranker,
-    agent_name,
-    batches,
-    find_runs,
-    select_questions,
-    weights_of,
-)
+from support.evaluation import RecordedPolicy, Reranker, agent_name, batches, find_runs, select_questions, weights_of
 from support.export import SUFFIXES, check_export, export_predictions
 from support.held_out import append_banks
 from support.judge import gold_of, make_judge
@@ -135,7 +127,7 @@ def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
             for dialogue in dialogues for question in dialogue.questions]
 
 
-def load_agent(policy, agent: str, distill: bool) -> tuple:
+def load_agent(policy, agent: str, distill: bool | None) -> tuple:
     """(policy, name of its adapter). The name is None for the base model, a baseline or an endpoint."""
     if agent == "endpoint":
         return Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/manager.jsonl"), None
@@ -160,8 +152,8 @@ class Evaluator:
         if self.judge and args.judge != "endpoint":  # the replies of hosted judges have a cache of their own
             self.judge.policy = self.recorded(self.judge.policy)
         self.facts = defaultdict(dict)  # by the name of the model that extracted them
-        self.agents = {agent: load_agent(policy, agent, args.distill)
-                       for system in systems for agent in (system.source, system.answer)}
+        self.agents = {agent: load_agent(policy, agent, distill) for system in systems
+                       for agent, distill in ((system.source, None), (system.answer, args.distill))}
         self.settings = to_json_safe(self.describe(systems))
         self.lines = report.load_previous(args.out, self.settings)
         report.write_results(args, self.lines)

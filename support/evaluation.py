@@ -28,7 +28,7 @@ def batches(items: Sequence, size: int) -> list:
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-def find_runs(policy, agent: str, distill: bool = True) -> dict[str, dict]:
+def find_runs(policy, agent: str, distill: bool | None = None) -> dict[str, dict]:
     """Load the adapters in runs/ that were trained for this agent on this model: {folder: settings of the run}"""
     found = {}
     for path in sorted(Path("runs").glob("*/adapter/adapter_config.json")):

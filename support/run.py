@@ -168,15 +168,15 @@ def read_config(folder: str | Path) -> dict:
 
 def trained_distill(folder: str | Path, default: bool) -> bool:
     """Whether an Answer Agent was trained with distillation; the default for an adapter without its run."""
-    for place in (Path(folder), Path(folder).parent):
-        with suppress(UsageError):
+    for place in (Path(folder), *Path(folder).parents[:2 if Path(folder).parent.name == "adapter" else 1]):
+        with suppress(UsageError):  # adapter/answer is from a joint run
             return read_config(place).get("distill", default)
     return default
 
 
-def check_distill(folder: str | Path, distill: bool) -> None:
-    """Refuse an Answer Agent that was trained with the other prompt."""
-    if trained_distill(folder, distill) != distill:
+def check_distill(folder: str | Path, distill: bool | None) -> None:
+    """Refuse an Answer Agent that was trained with the other prompt; `distill` None: it is a Manager."""
+    if distill not in (None, trained_distill(folder, distill)):
         raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation, but is used "
                          f"{'with' if distill else 'without'} it here")
 
@@ -189,8 +189,8 @@ def check_resumed_config(path, settings):
                    if key not in ("resume", "overwrite") and key in old and old[key] != value}
     except (OSError, ValueError, TypeError):
         return  # a first start, or an unreadable file
-    for key in FIXED_SETTINGS:  # the name suffices: a model's folder may have moved
-        if key in changes and Path(str(old[key])).name != Path(str(settings[key])).name:
+    for key in changes:  # the name suffices: a model's folder may have moved
+        if key.split(".")[-1] in FIXED_SETTINGS and Path(str(old[key])).name != Path(str(settings[key])).name:
             raise UsageError(f"{path.parent} was started with {key} {old[key]}, not {settings[key]}: resume it with "
                              "that value, or choose another --out")
     if changes:
@@ -247,13 +247,13 @@ class Run:
 
     def report(self, results: list[dict]):
         """Log held-out results and print them; the records in "dialogues" go to held_out.jsonl."""
-        for result in results:
-            dialogues = result.pop("dialogues", [])
+        for row in results:
+            dialogues = row.pop("dialogues", [])
             if is_rank0():
                 append_rows(self.folder / "held_out.jsonl", [
-                    {"step": result["step"], "eval": result["eval"], **one} for one in dialogues])
-            self.log(result)
-            tqdm.write(self.line(result["step"], result))
+                    {key: row[key] for key in ("step", "eval", "agent") if key in row} | one for one in dialogues])
+            self.log(row)
+            tqdm.write(self.line(row["step"], row))
 
     def samples(self, rows: list[dict]):
         """Append readable rollouts to samples.jsonl, each with its `step`."""

@@ -128,7 +128,8 @@ def test_without_flags_every_run_in_runs_is_evaluated(tmp_path, monkeypatch, cap
     monkeypatch.setattr(evaluate, "LONG", {**evaluate.LONG, "count": 1, "num_turns": 8})
     monkeypatch.setattr(evaluate, "SHORT", {**evaluate.SHORT, "count": 1, "num_turns": 8})
     for name, agent, about in (
-            ("manager-grpo", "manager", {}), ("seven", "manager", {}), ("answer-lone", "answer", {"distill": True}),
+            ("manager-grpo", "manager", {"distill": False}), ("seven", "manager", {}),
+            ("answer-lone", "answer", {"distill": True}),
             ("answer-grpo", "answer", {"distill": True, "manager_adapter": "runs/manager-grpo/adapter"}),
             ("answer-plain", "answer", {"distill": False}), ("manager-bad", "manager", {})):
         adapter(tmp_path / "runs" / name / "adapter", seed=len(name))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data import UsageError
-from support.run import Run, append_rows, read_rows
+from support.run import Run, append_rows, check_distill, read_rows
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
 
@@ -116,9 +116,10 @@ def test_resuming_warns_about_another_number_of_processes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key, value", [("agent", "answer"), ("algo", "ppo"), ("model", "other"), ("rank", 8),
-                                        ("alpha", 16.0)])
+                                        ("alpha", 16.0), ("manager.alpha", 16.0)])
 def test_resuming_refuses_another_agent_algorithm_or_adapter(tmp_path, key, value):
-    settings = CONFIG | {"agent": "manager", "algo": "grpo", "model": "/models/tiny", "rank": 16, "alpha": 32.0}
+    settings = CONFIG | {"agent": "manager", "algo": "grpo", "model": "/models/tiny", "rank": 16, "alpha": 32.0,
+                         "manager.alpha": 32.0}
     run = Run(tmp_path, settings)
     save(run, 1)
     Run(tmp_path, settings | {"model": "/elsewhere/tiny"}, resume=True)  # the model's folder may move
@@ -127,6 +128,17 @@ def test_resuming_refuses_another_agent_algorithm_or_adapter(tmp_path, key, valu
     with pytest.raises(UsageError, match="has 9 steps already: resume it with --steps 9 or more"):
         save(run, 9)
         Run(tmp_path, settings | {"steps": 8}, resume=True)
+
+
+@pytest.mark.parametrize("adapter, config, is_refused", [
+    ("run", "run", True), ("run/adapter", "run", True), ("run/adapter/answer", "run", True),
+    ("run/adapter", ".", False), ("lone/answer", ".", False), ("run/adapter/answer", ".", False)])
+def test_an_answer_agent_of_the_other_prompt_is_refused(tmp_path, adapter, config, is_refused):
+    Run(tmp_path / config, {"agent": "joint", "algo": "grpo", "distill": False})
+    with pytest.raises(UsageError, match="was trained without dist") if is_refused else contextlib.nullcontext():
+        check_distill(tmp_path / adapter, True)
+    check_distill(tmp_path / adapter, False)
+    check_distill(tmp_path / adapter, None)
 
 
 def test_resuming_without_a_checkpoint_starts_again(tmp_path):
