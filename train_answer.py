@@ -108,7 +108,7 @@ class Episode(answer.AnswerPrompt):
     def implies_answer(self, literally: bool) -> bool:
         """Whether all turns with evidence are in shown memories and, `literally`, each part of the answer too."""
         question, found = self.item.question, [self.shown[i - 1] for i in self.evidence()]
-        if question.answer == "none":  # in synthetic data: no turn implies more
+        if question.answer == "none":  # in synthetic data: the absence of a memory is the evidence
             return True
         turns, told = [self.item.sources[memory.id] for memory in found], [f"{one.time} {one.text}" for one in found]
         parts = question.answer.split(" and ") if literally else []
@@ -184,22 +184,22 @@ class AnswerTask:
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
         """Rewards (P, G): the scores of the answers, 0 without one; metrics of the step; readable samples."""
         repeated = [episode for episode, group in zip(episodes, groups, strict=True) for _ in group]
-        answers = [answer.parse(completion.text) for group in groups for completion in group]
+        answers = [replace(answer.parse(one.text), output=one.text) for group in groups for one in group]
         scores = self.score([(episode.item.question.text, given.text, episode.item.question.answer)
                              for episode, given in zip(repeated, answers, strict=True)])
         rewards = torch.tensor(scores).reshape(len(groups), -1)
         metrics = {"dropped": sum(episode.dropped for episode in episodes) / len(episodes),
                    **output_metrics(repeated, answers)}
-        return rewards, metrics, [self.sample(episode, group[0].text, own[0].item())
-                                  for episode, group, own in zip(episodes[:4], groups, rewards, strict=False)]
+        firsts = [*zip(episodes, answers[::rewards.shape[1]], rewards[:, 0].tolist(), strict=True)]
+        return rewards, metrics, [self.sample(*first) for first in firsts[:4]]
 
-    def sample(self, episode: Episode, completion: str, reward: float) -> dict:
+    def sample(self, episode: Episode, given: answer.Answer, reward: float) -> dict:
         """A readable record of an output, for samples.jsonl."""
-        question, given = episode.item.question, answer.parse(completion)
+        question = episode.item.question
         memories = answer.by_speaker(episode.shown, episode.item.speakers)
         return {"prompt": answer.case_text(memories, question.text, self.settings.distill, is_tiny(self.args.model),
                                            question.preface),
-                "completion": completion, "reward": reward,
+                "completion": given.output, "reward": reward,
                 "parts": {"answer": given.text, "gold": question.answer, "selected": given.selected,
                           "evidence": sorted(episode.evidence())}}
 
@@ -219,7 +219,7 @@ class AnswerTask:
     def teacher_answers(self, episodes: Sequence[Episode]) -> list[answer.Answer]:
         """
         Answers to clone: a hosted model's, or the correct ones, which select the memories with evidence. With
-        distillation, a correct answer is invalid if some evidence is not shown: no selection would imply it.
+        distillation, a correct answer is invalid if some evidence is not shown: then no selection contains all of it.
         """
         if self.teacher:
             settings = replace(self.settings, max_prompt_tokens=None)
@@ -250,8 +250,11 @@ def arguments(argv=None) -> argparse.Namespace:
     presets = {"agent": SYNTHETIC, "data": cli.REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     groups = cli.flag_groups(ALGORITHMS, EpisodeFlags)
     args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
-    if args.manager_adapter:
-        args.bank = "manager"
+    if args.manager_adapter:  # its banks are the default then
+        presets["small"] = SMALL_MODEL | {"bank": "manager"}
+        args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
+        if args.bank == "turns":
+            raise UsageError("--bank turns has no Manager: leave it out, or --manager-adapter")
     return args
 
 

@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
     by_algorithm: dict = {}  # {algo: parser}, so that an error can name the --algo that a flag needs
 
     def __init__(self, **options):
-        super().__init__(formatter_class=partial(Help, max_help_position=30), **options)
+        super().__init__(formatter_class=partial(Help, max_help_position=30), allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
         """Parse, and refuse numbers that are not finite or exceed the bounds of their flag."""

@@ -12,7 +12,7 @@ import torch
 import answer
 import data
 import train_answer
-from data import Question
+from data import Question, UsageError
 from memory import MemoryBank, make_embedder
 from policy import Completion, Policy
 from support import cli
@@ -121,7 +121,7 @@ def test_episodes_samples_and_a_hosted_teacher_show_the_preface_of_a_question(ma
     monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: prompts)
     episode = made.make_episode(replace(item, question=replace(item.question, preface=preface)), 4)
     [taught] = made.teacher_answers([episode])
-    texts = {*encoded, made.sample(episode, "answer: Rex", 1.0)["prompt"]}
+    texts = {*encoded, made.sample(episode, answer.parse("answer: Rex"), 1.0)["prompt"]}
     assert len(texts) == 1 and taught.prompt == episode.prompt
     assert texts.pop().startswith(f"question: {preface} Which dog does Ann have?\n".replace(":  ", ": "))
 
@@ -189,6 +189,13 @@ def test_defaults_depend_on_algorithm_data_and_model(argv, wanted, monkeypatch):
     monkeypatch.setattr(cli, "num_parameters", {"Qwen/X": 3e9, "Qwen/S": 5e8}.get)
     settings = vars(train_answer.arguments(argv.split()))
     assert {name: settings[name] for name in TINY} == TINY | wanted
+
+
+@pytest.mark.parametrize("model", ["Qwen/X", "Qwen/S"])  # raw turns are the default of the latter
+def test_a_manager_cannot_be_given_with_a_bank_of_turns(monkeypatch, model):
+    monkeypatch.setattr(cli, "num_parameters", {"Qwen/X": 3e9, "Qwen/S": 5e8}.get)
+    with pytest.raises(UsageError, match="--bank turns has no Manager"):
+        train_answer.arguments(["--model", model, "--bank", "turns", "--manager-adapter", "DIR"])
 
 
 # ------------------------------------------------------------------------------------------------ from the shell
