@@ -8,11 +8,10 @@ Train both agents together. Memory-R1 (arXiv 2508.19828) trains one after the ot
 
 This is the sum of two scripts: both adapters are on one base model, and each step is a GRPO step of the Manager and
 then one of the Answer Agent (`grpo.train_step`), with the task, the defaults and the flags of its own script.
-1. The Manager's outputs are rewarded by the Answer Agent as it is now        train_manager.ManagerTask
-2. The Answer Agent's questions are about banks that the Manager has built
-   as it was at the last refresh                                              CurrentBanks
-3. The held-out evaluation of each script uses both agents as they are now; that of the Answer Agent is end to end: the
-   Manager builds the banks of long conversations, from empty ones             JointTask.evaluate
+1. The Manager's outputs are rewarded by the current Answer Agent             train_manager.ManagerTask
+2. The Answer Agent's banks are built by the Manager at the last refresh      CurrentBanks
+3. The held-out evaluation of each script uses both current agents; that of the Answer Agent is end to end: the Manager
+   builds the banks of long conversations, from empty ones                    JointTask.evaluate
 """
 import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
@@ -31,15 +30,14 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
-from support.loop import advice, run_training
+from support.loop import advice, lr_multiplier, run_training
 from support.run import check_out, warn_once
-from support.trajectories import draw
 
 AGENTS = {"manager": train_manager, "answer": train_answer}  # adapter: its script
 OTHER = {"manager": "--answer-adapter", "answer": "--manager-adapter"}  # flag of a script that names the other agent
-NOW = "the one that is trained at the same time"
-SHARED = [f"--{name}" for name in ("steps", "seed", "model", "data", "algo", "init-adapter", "checkpoint-every", "out",
-                                   "device", "dtype", "resume", "overwrite")]  # flags that both agents share
+SHARED = ("steps", "seed", "model", "data", "algo", "checkpoint-every", "out", "device", "dtype", "resume", "overwrite")
+REFUSED = {f"--{name}": "not inside --manager or --answer" for name in SHARED} | dict.fromkeys(
+    ("--init-adapter", *OTHER.values()), "train_joint.py trains two new adapters with each other, and loads none")
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,20 @@ class JointFlags:
     checkpoint_every: int = flag(10, "steps between checkpoints", least=1)
     seed: int = flag(0, "random seed")
     manager: str = flag("", 'more flags of train_manager.py: --manager "--batch-size 16 --lr 1e-3"', metavar="FLAGS")
-    answer: str = flag("", "more flags of train_answer.py", metavar="FLAGS")
+    answer: str = flag("", 'more flags of train_answer.py; a single word needs =: --answer=--extract', metavar="FLAGS")
 
 
 class CurrentBanks(train_answer.AnswerTask):
     """The Answer Agent's task, on banks that the Manager builds again every `refresh` steps."""
-    refresh, count, first = 5, 2, 0  # steps, dialogues; the step in which `questions` were collected
+    def __init__(self, policy: Policy, args: argparse.Namespace, refresh: int, count: int):
+        self.refresh, self.count, self.first = refresh, count, 0  # first: the step in which `questions` were collected
+        super().__init__(policy, args)
 
     def read_dialogues(self) -> None:
         self.questions = []  # the first step reads
 
     def batch(self, step: int) -> list[train_answer.Episode]:
+        """The `--batch-size` episodes of a step; the order of the questions continues across refreshes."""
         first = step - (step - 1) % self.refresh
         if self.first != first:
             dialogues = self.training_dialogues(first)
@@ -77,7 +78,7 @@ class CurrentBanks(train_answer.AnswerTask):
         if self.args.data == "synthetic":
             return data.load("synthetic", "train", count=self.count, seed=seed, num_turns=train_answer.NUM_TURNS)
         asked = [dialogue for dialogue in data.load(self.args.data, "train") if dialogue.final_questions()]
-        return draw(random.Random(seed), asked, min(self.count, len(asked)))
+        return random.Random(seed).sample(asked, min(self.count, len(asked)))
 
     def collect(self, dialogues: list[data.Dialogue]) -> list[train_answer.BankQuestion]:
         """The final questions of the dialogues, and the banks of `state` to answer them from."""
@@ -99,8 +100,7 @@ class JointTask:
     """The two tasks as one, for the loop: its state, and the results of both on held-out dialogues."""
     def __init__(self, policy: Policy, settings: dict[str, argparse.Namespace], args: argparse.Namespace):
         self.agents = {"manager": train_manager.ManagerTask(policy, settings["manager"]),
-                       "answer": CurrentBanks(policy, settings["answer"])}
-        self.agents["answer"].refresh, self.agents["answer"].count = args.refresh, args.dialogues
+                       "answer": CurrentBanks(policy, settings["answer"], args.refresh, args.dialogues)}
 
     @property
     def state(self) -> dict:
@@ -117,7 +117,6 @@ class JointTask:
 
 class Optimizers:
     """Several optimizers as one, for the loop: learning rates and checkpoints."""
-
     def __init__(self, optimizers: list):
         self.optimizers = optimizers
         self.param_groups = [group for one in optimizers for group in one.param_groups]
@@ -144,8 +143,9 @@ def make_train(settings: dict[str, argparse.Namespace]):
         for step in loop.steps(Optimizers([*optimizers.values()])):
             row, samples = {"reward": 0.0, "skipped": 0}, []
             for name in adapters:
+                optimizers[name].param_groups[0]["lr"] = configs[name].lr * lr_multiplier(step, configs[name])
                 metrics, some = grpo.train_step(policy, optimizers[name], task.agents[name], name, configs[name], step)
-                for text in advice(metrics, vars(settings[name])) if step == 1 else ():
+                for text in advice(metrics, vars(settings[name]), sft="") if step == 1 else ():
                     warn_once(f"step 1, {name}: {text}")
                 row["reward"] += metrics["reward"] / len(adapters)
                 row["skipped"] += metrics["skipped"]
@@ -173,12 +173,14 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespa
             own = shlex.split(getattr(args, name))
         except ValueError as error:
             raise UsageError(f"--{name} {getattr(args, name)}: {error}") from None
-        for word in own:
-            if word.partition("=")[0] in SHARED:
-                raise UsageError(f"{word.partition('=')[0]}: not inside --manager or --answer")
-        settings[name] = script.arguments([*common, OTHER[name], NOW, *own])
-    args.distill, args.warmup = settings["answer"].distill, settings["manager"].warmup
-    args.schedule, args.settings = settings["manager"].schedule, {name: vars(own) for name, own in settings.items()}
+        for word in (one.partition("=")[0] for one in own):
+            if word in REFUSED:
+                raise UsageError(f"{word}: {REFUSED[word]}")
+        settings[name] = script.arguments([*common, OTHER[name], "the one trained at the same time", *own])
+    if len({own.distill for own in settings.values()}) > 1:
+        raise UsageError("--manager and --answer differ in --distill: give both the same, for one Answer Agent")
+    args.distill = settings["answer"].distill
+    vars(args).update({f"{name}.{key}": value for name, own in settings.items() for key, value in vars(own).items()})
     return args, settings
 
 

@@ -47,7 +47,7 @@ def fit(train, policy, task: Task, run: Run, adapter: str | tuple[str, ...], con
     A whole run by one algorithm, for example `grpo.train`. Saves and evaluates the adapter after the last step; several
     adapters (train_joint.py) have a folder each.
     """
-    loop = Loop(policy, task, run, adapter, config)
+    loop = Loop(policy, task, run, config)
     try:
         train(policy, task, loop, adapter, config)
     except (RuntimeError, MemoryError) as error:
@@ -77,7 +77,7 @@ def run_training(algorithm, policy, task: Task, args, adapter=None) -> None:
 
 
 def make_adapter(policy, args) -> None:
-    """Add the adapter to train: a new one, or --init-adapter with its rank and alpha, beside a frozen copy."""
+    """Add the adapter to train: a new one, or --init-adapter with its rank and alpha, and a frozen copy."""
     if not args.init_adapter:
         return policy.add_adapter(args.agent, args.rank, args.alpha)
     for name in (args.agent, REFERENCE):
@@ -86,15 +86,15 @@ def make_adapter(policy, args) -> None:
 
 
 class Loop:
-    def __init__(self, policy, task: Task, run: Run, adapter: str, config):
-        self.policy, self.task, self.run, self.adapter, self.config = policy, task, run, adapter, config
+    def __init__(self, policy, task: Task, run: Run, config):
+        self.policy, self.task, self.run, self.config = policy, task, run, config
         self.optimizer, self.parameters = None, []
         self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
         self.refused = []  # names of the tensors for which the last steps, in a row, refused updates
 
     @property
     def reference(self) -> str | None:
-        """Where the KL penalty pulls the policy: to the adapter that it started from, or to the base model."""
+        """Adapter of the reference policy; None: the base model."""
         return REFERENCE if REFERENCE in self.policy.adapters else None
 
     def steps(self, optimizer, first_results=()):
@@ -110,8 +110,8 @@ class Loop:
         if done is None:
             done = 0
             self.run.report([*first_results, *self.task.evaluate("untrained", 0)])
-        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps, desc=str(self.adapter),
-                        disable=None)
+        progress = tqdm(range(done + 1, config.steps + 1), initial=done, total=config.steps,
+                        desc=self.run.config.get("agent"), disable=None)
         with self.run.finish_step_on_interrupt():
             for step in progress:
                 distributed.seed_step(config.seed, step)
@@ -176,7 +176,7 @@ class Loop:
         return step
 
     def num_updates(self) -> int:
-        return max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
+        return sum(int(moments["step"]) for moments in self.optimizer.state.values())  # rises if any agent is updated
 
 
 # ------------------------------------------------------------------------------------------------ helpers of one step
@@ -233,24 +233,24 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "unfinished_rate": sum(not one.finished or reasons_on(one.text) for one in flat) / len(flat)}
 
 
-def advice(metrics: dict, settings: dict) -> list[str]:
-    """What will probably keep a run from learning, and what to try, by the metrics of its first step."""
+def advice(metrics: dict, settings: dict, sft="begin with --algo sft and continue with --init-adapter, or ") -> list:
+    """What will probably keep a run from learning, by its first step. `sft`: advice to start with SFT, if it can."""
     found = []
     if (rate := metrics.get("unfinished_rate", 0)) > 0.5:
         found.append(f"{rate:.0%} of the completions were cut off at --max-new-tokens {settings['max_new_tokens']}: "
                      "raise it, or choose an instruct model")
     if (rate := metrics.get("invalid_rate", 0)) > 0.5:
-        found.append(f"{rate:.0%} of the outputs are invalid and score 0: see samples.jsonl, begin with --algo sft and "
-                     "go on with --init-adapter, or choose a larger model")
-    if metrics.get("zero_std_rate") == 1:
+        found.append(f"{rate:.0%} of the outputs are invalid and score 0: see samples.jsonl; "
+                     f"{sft}choose a larger model")
+    if metrics.get("zero_std_rate") == 1 and settings["algo"] == "grpo":  # PPO compares with its critic
         graded = "--reward f1, " if settings["reward"] == "em" else ""
         found.append(f"the rewards of every group are equal (mean {metrics['reward']:.2f}), so there is nothing to "
-                     f"learn from: try {graded}a larger --group-size, or --algo sft and then --init-adapter")
+                     f"learn from: {sft}try {graded}a larger --group-size")
     return found
 
 
 def lr_multiplier(step: int, config) -> float:
-    """The learning rate of steps 1, 2, ... as a fraction of its peak: the lower of warmup and decay from step 1 on."""
+    """The learning rate of steps 1, 2, ... as a fraction of its peak: the smaller of warmup and decay, both linear."""
     decay = (config.steps - step + 1) / config.steps if config.schedule == "linear" else 1.0
     return min(1.0, step / max(1, config.warmup), decay)
 

@@ -91,7 +91,7 @@ class FixedLoop(Loop):
     """
 
     def __init__(self, policy, task, config):
-        super().__init__(policy, task, None, "agent", config)
+        super().__init__(policy, task, None, config)
 
     def steps(self, optimizer, first_results=()):
         self.optimizer = torch.optim.SGD([{"params": list(zip(group["param_names"], group["params"], strict=True))}

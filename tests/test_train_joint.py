@@ -14,7 +14,8 @@ import train_joint
 import train_manager
 from data import UsageError
 from policy import Policy
-from support.run import read_rows, warn_once
+from support.loop import Loop
+from support.run import Run, read_rows, warn_once
 
 MANAGER = ["--batch-size", "3", "--group-size", "3", "--trajectories", "0"]
 ANSWER = ["--batch-size", "2", "--group-size", "2", "--minibatch", "0", "--max-new-tokens", "40"]
@@ -114,6 +115,8 @@ def test_held_out_results_of_both_agents_use_both(tmp_path):
         torch.nn.init.normal_(layer.adapters["manager"][1], std=0.5)
     after = task.evaluate("trained", 1)
     assert after[-1]["agent"] == "answer" and after[-1]["bank_size"] != rows[-1]["bank_size"]
+    Run(tmp_path, {}).report(after)
+    assert [row["agent"] for row in read_rows(tmp_path / "held_out.jsonl")] == ["manager", "answer"]
     state = json.loads(json.dumps(task.state))
     task.state = {"manager": {"pool": [1]}, "answer": {"first": 3}}
     assert task.agents["manager"].state == {"pool": [1]} and task.agents["answer"].state == {"first": 3}
@@ -138,10 +141,45 @@ def test_the_flags_of_each_script():
     (["--manager", "--steps 3"], "--steps: not inside --manager or --answer"),
     (["--answer", "--algo sft"], "--algo: not inside"),
     (["--manager", "--bank trajectory --trajectories 0"], "--bank trajectory needs --trajectories 1"),
-    (["--answer", "--init-adapter x"], "--init-adapter: not inside"), (["--refresh", "0"], "--refresh 0: must be")])
+    (["--answer", "--init-adapter x"], "--init-adapter: train_joint.py trains two new adapters"),
+    (["--manager", "--answer-adapter x"], "--answer-adapter: train_joint.py trains two new adapters"),
+    (["--answer", "--lr 1 --manager-adapter=x"], "--manager-adapter: train_joint.py trains two new adapters"),
+    (["--answer", "--bank turns"], "--bank turns has no Manager: leave it out"),
+    (["--answer=--no-distill"], "--manager and --answer differ in --distill"),
+    (["--manager", "--lr 1 --no-distill", "--answer=--distill"], "--manager and --answer differ in --distill"),
+    (["--refresh", "0"], "--refresh 0: must be")])
 def test_wrong_flags(flags, message):
     with pytest.raises(UsageError, match=re.escape(message)):
         train_joint.arguments(flags)
+
+
+def test_an_abbreviation_cannot_give_the_agents_different_steps(capsys):
+    with pytest.raises(SystemExit):
+        train_joint.arguments(["--manager", "--step 3"])
+    assert "unrecognized arguments: --step 3; did you mean --steps?" in capsys.readouterr().err
+
+
+def test_each_agent_has_its_own_schedule(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(grpo, "train_step", lambda policy, optimizer, *_: found.append(
+        optimizer.param_groups[0]["lr"]) or ({"reward": 0.0, "skipped": 0}, []))
+    train_joint.main(["--eval", "0", "--steps", "4", "--manager", "--lr 1 --warmup 2", "--answer",
+                      "--lr 8 --warmup 0 --schedule constant", "--out", str(tmp_path / "run")])
+    assert found == pytest.approx([0.5, 8, 0.75, 8, 0.5, 8, 0.25, 8])
+
+
+@pytest.mark.parametrize("updated", [0, 1])
+def test_an_update_of_either_agent_is_counted(updated):
+    """Else a run that ends in the middle of a step would save half a step: one agent has made more updates before."""
+    parts = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]) for _ in range(2)]
+    loop = Loop(None, None, None, None)
+    loop.optimizer = train_joint.Optimizers(parts)
+    counts = []
+    for i in (0, 1, 1, 1, updated):
+        parts[i].param_groups[0]["params"][0].grad = torch.ones(2)
+        parts[i].step()
+        counts.append(loop.num_updates())
+    assert counts == [1, 2, 3, 4, 5]
 
 
 def test_optimizers_as_one():
