@@ -12,7 +12,7 @@ One episode is one turn of a dialogue:
 1. take the bank before the turn: from a sampled trajectory of the whole
    dialogue (Memory-R2), or from other builders (--bank)                        ManagerTask.play, banks_before
 2. prompt the Manager with the facts of the turn and the related memories       ManagerTask.make_episode
-3. sample G outputs                                                             grpo.train, ppo.train
+3. sample G outputs                                                             Policy.sample
 4. apply each output's edits to its own fork of the bank, and let the frozen
    Answer Agent answer the linked questions from the fork                       ManagerTask.apply_and_answer
 5. reward each output by the scores of its answers                              ManagerTask.rewards
@@ -87,10 +87,11 @@ LARGE_MODEL = {  # for larger models
 
 @dataclass(frozen=True)
 class EpisodeFlags:
-    window: int = flag(50, "number of turns from which the bank before a turn is built", least=0)
-    bank: str | None = flag(None, "builder of that bank: the Manager in one of --trajectories, from the first turn on "
-                            "(trajectory), the Manager being trained (self), the base model (base), or the reference "
-                            "operations of synthetic data (oracle; default with --trajectories 0)",
+    window: int = flag(50, "number of turns before a turn that its bank is built from (in a trajectory: all), and, in "
+                       "real data, that must hold the other evidence of its questions", least=0)
+    bank: str | None = flag(None, "builder of that bank: the Manager in a trajectory from turn 1 (trajectory; default)"
+                            ", the Manager being trained (self), the base model (base; default for real data), or the "
+                            "reference operations of synthetic data (oracle; default without trajectories)",
                             choices=("trajectory", "self", "base", "oracle"))
     refresh: int | None = flag(None, "steps after which turns are drawn, their banks built, and trajectories sampled "
                                "(3 with --bank trajectory, else 5)", least=1)
@@ -161,11 +162,11 @@ class ManagerTask:
         if self.args.bank == "trajectory":
             num_episodes, dialogues = self.args.batch_size * self.args.refresh, self.copies(first)
         else:
-            num_episodes = self.args.batch_size * max(1, min(self.args.refresh, self.args.steps - first + 1))
+            num_episodes = self.args.batch_size * min(self.args.refresh, self.args.steps - first + 1)
             dialogues = self.training_dialogues(first, math.ceil(num_episodes / 4))  # about four turns per dialogue
+        linked = [linked_questions(dialogue, self.args.window) for dialogue in dialogues]
         turns = [(n, i) for n, dialogue in enumerate(dialogues)
-                 for linked in [linked_questions(dialogue, self.args.window)]
-                 for i, turn in enumerate(dialogue.turns) if turn.id in linked]
+                 for i, turn in enumerate(dialogue.turns) if turn.id in linked[n]]
         drawn = draw(random.Random(f"{self.args.seed} {first}"), turns, num_episodes)
         self.base.read_facts(dialogues)
         key = [first, *([dialogues[n].id, n, i] for n, i in drawn)]
@@ -173,7 +174,7 @@ class ManagerTask:
             if self.args.trajectories:
                 self.play(dialogues if self.args.bank == "trajectory" else self.copies(first))
             self.state = {"pool": key, "memories": self.banks_before(dialogues, drawn)}
-        return [self.make_episode(dialogues[n], i, memories)
+        return [self.make_episode(dialogues[n], i, memories, linked[n][dialogues[n].turns[i].id])
                 for (n, i), memories in zip(drawn, self.state["memories"], strict=True)]
 
     def training_dialogues(self, first: int, count: int) -> list[Dialogue]:
@@ -198,8 +199,10 @@ class ManagerTask:
         for n, (dialogue, build) in enumerate(self.trajectories):
             own = [(question, score) for (m, question), (_, score) in zip(asked, found, strict=True) if m == n]
             penalty = self.penalty(build.bank, num_words(dialogue.turns))
-            rows += [(*build.outputs[i][1:], score - penalty, (n // args.trajectories, i)) for i, score in outcomes(
-                dialogue, own, args.outcome == "whole").items() if build.outputs[i][1]]
+            for i, score in outcomes(dialogue, own, args.outcome == "whole").items():
+                _, prompt, completion = build.outputs[i]
+                if prompt:
+                    rows.append((prompt, completion, score - penalty, (n // args.trajectories, i)))
         self.played = self.as_played(rows)
 
     def as_played(self, rows: Sequence[tuple]) -> Played | None:
@@ -232,41 +235,39 @@ class ManagerTask:
         banks |= {key: contents(build.bank) for key, build in zip(missing, builds, strict=True)}
         return [banks[dialogue.id, i] for dialogue, i in turns]
 
-    def make_episode(self, dialogue: Dialogue, i: int, memories: Sequence[tuple[str, str, str]]) -> Episode:
+    def make_episode(self, dialogue: Dialogue, i: int, memories: Sequence[tuple], questions: tuple) -> Episode:
         turn, bank = dialogue.turns[i], MemoryBank(self.embedder)
         for memory in memories:
             bank.add(*memory)
         facts = self.base.facts[dialogue.id, turn.id] or (turn.text,)  # the base model may find none
         case = manager.make_case(bank, turn, facts, self.args.top_k)
         prompt, case, dropped = manager.fit_case(self.policy, case, self.base.settings)
-        questions = linked_questions(dialogue, self.args.window)[turn.id]
         start = 0 if self.args.bank == "trajectory" else max(0, i - self.args.window)
         words = num_words(dialogue.turns[start:i + 1])
         return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped, words)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
-        """Rewards (P, G), 0 for an invalid output; metrics of the step; readable samples."""
+        """Rewards (P, G), where an invalid output scores 0; metrics of the step; readable samples."""
         outputs = {(i, g): tuple(edits) for i, (episode, group) in enumerate(zip(episodes, groups, strict=True))
                    for g, completion in enumerate(group)
                    if (edits := manager.parse(completion.text, episode.case)) is not None}
-        banks, answers = self.apply_and_answer(episodes, outputs)
-        rewards = torch.zeros(len(episodes), len(groups[0]))
+        banks, records = self.apply_and_answer(episodes, outputs)
+        rewards = torch.tensor([[0.0 - self.penalty(one.bank, one.words)] * len(groups[0]) for one in episodes])
         for (i, g), edits in outputs.items():
-            scores = [one[self.args.reward] for one in answers[i, edits]]
+            scores = [one[self.args.reward] for one in records[i, edits]]
             score = min(scores) if self.args.linked == "all" else sum(scores) / len(scores)
             rewards[i, g] = score - self.penalty(banks[i, edits], episodes[i].words)
         ops = Counter(edit.event for edits in outputs.values() for edit in edits)
-        bank_sizes = [len(banks[i, edits]) for (i, _), edits in outputs.items()]
         metrics = {"invalid_rate": 1 - len(outputs) / rewards.numel(),
                    "dropped": sum(episode.dropped for episode in episodes) / len(episodes),
                    "ops": {event: ops[event] for event in manager.EVENTS},
-                   "bank_size": sum(bank_sizes) / max(1, len(bank_sizes))}
+                   "bank_size": sum(len(banks[i, edits]) for (i, _), edits in outputs.items()) / max(1, len(outputs))}
         if self.played and self.played.prompts:
             sizes = [len(build.bank) for _, build in self.trajectories]
             metrics |= {"outcome": self.played.rewards.mean().item(), "final_bank_size": sum(sizes) / len(sizes)}
         samples = [{"prompt": manager.case_text(one.case.speaker, one.case.time, one.case.shown(), one.case.facts),
                     "completion": groups[i][0].text, "reward": rewards[i, 0].item(),
-                    "parts": answers.get((i, outputs.get((i, 0))), "invalid")} for i, one in enumerate(episodes[:4])]
+                    "parts": records.get((i, outputs.get((i, 0))), "invalid")} for i, one in enumerate(episodes[:4])]
         return rewards, metrics, samples
 
     def apply_and_answer(self, episodes: list[Episode], outputs: dict) -> tuple[dict, dict]:

@@ -11,8 +11,8 @@ from data import Dialogue, Question, UsageError
 def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
     """
     {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
-    Other data asks at the end: a question scores the turn of its last evidence, if the bank before that turn, which is
-    built from `window` turns, can hold the rest. Later or older evidence would make the reward depend on other turns.
+    Other data asks at the end: a question scores the turn of its last evidence, if the first is in the `window` turns
+    before it. The bank holds only these (in a trajectory: all): if it is older, no edit can make the answer right.
     """
     linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
     places = {turn.id: i for i, turn in enumerate(dialogue.turns)}

@@ -1,6 +1,6 @@
 """
-Trajectories of the Memory Manager: whole conversations, as in Memory-R2 (LoGo-GRPO, arXiv 2605.21768). They are the
-global part of the first step after each --refresh; the local part of every step are the episodes of train_manager.py.
+Trajectories of the Memory Manager: whole conversations, as in Memory-R2 (LoGo-GRPO, arXiv 2605.21768). Their outputs
+(global part) join the first step of each refresh; the episodes of train_manager.py (local part) are in every step.
 
 1. sample N trajectories of a conversation in lockstep, each from an empty bank          ManagerTask.play
 2. reward of an output at turn i by the final bank M of its trajectory                   outcomes
@@ -14,9 +14,9 @@ Trajectories differ in their earlier banks, so the edit at turn 2 may be credite
 outputs of an episode start from one bank and differ in one turn only. `--bank trajectory` takes it from a trajectory.
 
 Memory-R2's code samples its local outputs greedily and asks all questions so far; here they are sampled, and the linked
-questions are asked. Both concatenate the parts, so a part counts by its number of tokens; in Memory-R2 the local one is
-an eighth. Its turns without a question have the penalty as reward, which dividing by the std amplifies. An output that
-cannot be read scores 0 in an episode; in a trajectory it changes nothing, and is rewarded like any other.
+questions are asked. Both concatenate the parts, so with --loss-mean token a part counts by its tokens; in Memory-R2
+the local one is an eighth. In Memory-R2 a turn without a question is rewarded by the penalty alone; dividing by a small
+std amplifies it. An invalid output scores 0 in an episode; in a trajectory it is rewarded like any other.
 """
 import random
 from collections import defaultdict
@@ -48,10 +48,9 @@ def cut(dialogue: Dialogue, horizon: int) -> Dialogue:
     """The first `horizon` turns (0: all) and the questions whose evidence they hold."""
     if not 0 < horizon < len(dialogue.turns):
         return dialogue
-    turns = dialogue.turns[:horizon]
-    needed = {question: {*question.evidence, question.asked_after} - {None} for question in dialogue.questions}
-    inside = [question for question, ids in needed.items() if ids and ids <= {turn.id for turn in turns}]
-    return replace(dialogue, turns=turns, questions=tuple(inside))
+    ids = {None, *(turn.id for turn in dialogue.turns[:horizon])}
+    inside = [one for one in dialogue.questions if {None} < {None, one.asked_after, *one.evidence} <= ids]
+    return replace(dialogue, turns=dialogue.turns[:horizon], questions=tuple(inside))
 
 
 def num_words(items: Iterable) -> int:
@@ -66,8 +65,8 @@ def excess(bank: Iterable, words: int) -> float:
 
 def outcomes(dialogue: Dialogue, scores: Sequence[tuple[Question, float]], is_whole: bool) -> dict[int, float]:
     """
-    {index of a turn: mean score of the questions whose last evidence it is}, without turns that are the last evidence
-    of none. With `is_whole`: the mean of all scores, for every turn.
+    {index of a turn: mean score of the questions whose last evidence it is}; turns without such a question are missing.
+    With `is_whole`: the mean of all scores, for every turn.
     """
     places, found = {turn.id: i for i, turn in enumerate(dialogue.turns)}, defaultdict(list)
     for question, score in scores:

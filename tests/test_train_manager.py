@@ -101,9 +101,9 @@ def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
     args = SimpleNamespace(data="mine", window=3)
     dialogues = [evidence_dialogue(a="52", b="50", c=""), evidence_dialogue(d="5", e="1", f="50")]
     assert train_manager.describe_links(dialogues, args) == (
-        "--data mine: 3 of 6 questions judge 3 turns; left out: 1 without evidence, 2 whose evidence is more than "
+        "--data mine: 3 of 6 questions score 3 turns; left out: 1 without evidence, 2 whose evidence is more than "
         "--window 3 turns apart")
-    with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be judged"):
+    with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be scored"):
         train_manager.describe_links([evidence_dialogue(a="50", b="")], args)
 
 

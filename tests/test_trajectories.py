@@ -209,7 +209,7 @@ def test_a_trajectory_is_reproduced_by_its_outputs(monkeypatch):
         assert len(dialogue.turns) == len(build.history) == 6 and build.history[0] == []
         after = [*build.history[1:], list(build.bank)]
         for i, (_, prompt, completion) in enumerate(build.outputs):
-            episode = made.make_episode(dialogue, i, [(m.text, m.speaker, m.time) for m in build.history[i]])
+            episode = made.make_episode(dialogue, i, [(m.text, m.speaker, m.time) for m in build.history[i]], ())
             assert episode.prompt == prompt
             edits = manager.parse(completion.text, episode.case) or []
             manager.apply_edits(episode.bank, edits, episode.turn.speaker, episode.turn.time)
@@ -276,7 +276,7 @@ def test_a_difference_in_turn_1_also_credits_turn_2_but_not_in_the_local_group(t
     assert advantages[[1, 3]].tolist() == pytest.approx(at_cat, abs=3e-4)
     for dialogue, build in made.trajectories:  # a local group at turn 2 from either bank: equal outputs, no credit
         memories = [(memory.text, memory.speaker, memory.time) for memory in build.history[1]]
-        episode = made.make_episode(dialogue, 1, memories)
+        episode = made.make_episode(dialogue, 1, memories, dialogue.questions)
         group = made.policy.sample([episode.prompt], 4)
         assert not grpo.group_advantages(made.rewards([episode], group)[0]).any()
 
@@ -305,6 +305,12 @@ def test_the_compression_penalty_lowers_both_parts(tmp_path):
     rewards, *_ = made.rewards([episode], [[Completion([5], [0.0], True, text) for text in (long, "nonsense")]])
     words = 8 + 2 * before
     assert rewards.tolist() == [[pytest.approx(1 - 0.5 * (words / 4 - 0.7)), 0]]
+    bank = episode.bank.fork()  # 20 words more: an invalid output leaves the excess, so it is not better than a NOOP
+    bank.add("Rex Tom " + "word " * 18, episode.turn.speaker, "")
+    outputs = [Completion([5], [0.0], True, text) for text in ('[{"event": "NOOP"}]', "nonsense")]
+    rewards, *_ = made.rewards([replace(episode, bank=bank)], [outputs])
+    excess = (20 + 2 * before) / 4 - 0.7
+    assert rewards.tolist() == [pytest.approx([1 - 0.5 * excess, -0.5 * excess])]
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -331,7 +337,7 @@ def test_a_horizon_without_questions(tmp_path):
     entry["qa"] = entry["qa"][1:]
     (tmp_path / "late.json").write_text(json.dumps([entry]))
     made = task("--data", tmp_path / "late.json", "--no-extract", "--horizon", 1)
-    with pytest.raises(UsageError, match="no question judges a turn of a trajectory: raise --horizon or --window"):
+    with pytest.raises(UsageError, match="no question scores a turn of a trajectory: raise --horizon or --window"):
         made.batch(1)
 
 
