@@ -216,16 +216,16 @@ class Manager:
 
     def sample_edits(self, cases: Sequence[Case], temperature=0) -> list[tuple]:
         """
-        For each case: (edits or None if invalid, number of memories dropped, prompt, completion). A case without facts
-        has the edit NOOP, and no prompt.
+        For each case: (edits or None if invalid, number of memories dropped, the case with the memories that the prompt
+        shows, prompt, completion). A case without facts has the edit NOOP, and no prompt.
         """
         fitted = [fit_case(self.policy, case, self.settings) for case in cases if case.facts]
         with self.policy.using(self.adapter):
             groups = self.policy.sample([ids for ids, _, _ in fitted], 1, self.settings.max_new_tokens,
                                         temperature=temperature) if fitted else []
-        outputs = iter([(parse(completion.text, case), dropped, ids, completion)
+        outputs = iter([(parse(completion.text, case), dropped, case, ids, completion)
                         for [completion], (ids, case, dropped) in zip(groups, fitted, strict=True)])
-        return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), 0, None, None) for case in cases]
+        return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), 0, case, None, None) for case in cases]
 
     def predict_edits(self, cases: Sequence[Case]) -> list[tuple[Parsed | None, int]]:
         """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
@@ -291,13 +291,13 @@ def build_banks(manager: Manager, dialogues, embedder, progress="", temperature=
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
         predicted = manager.sample_edits(cases, temperature)
-        for (build, dialogue, turn), case, (edits, dropped, *output) in zip(batch, cases, predicted, strict=True):
+        for (build, dialogue, turn), (edits, dropped, *output) in zip(batch, predicted, strict=True):
             build.dropped += dropped
             if temperature:
                 build.history.append(list(build.bank))
             facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()
             build.ops += Counter(unread_facts=facts.skipped, skipped=edited.skipped, cut_texts=facts.cut + edited.cut)
-            build.outputs.append((case, *output))
+            build.outputs.append(tuple(output))
         return [edits for edits, *_ in predicted]
 
     manager.read_facts(dialogues)

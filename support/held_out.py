@@ -21,11 +21,9 @@ def turn_records(dialogue, build) -> dict:
     A conversation with the edits of each turn, None if the output was invalid. `build`: a manager.BankBuild. UPDATE and
     DELETE name a memory by its id; the memories of ADD have the ids 0, 1, ... "skipped": operations not applied.
     """
-    stored = [[{"event": "ADD", "id": None, "text": memory.text}] for memory in build.bank]  # a bank of raw turns
-    edits = [one and [asdict(edit) for edit in one] for one in build.edits] or stored
     turns = [{"id": turn.id, "speaker": turn.speaker, "time": turn.time, "text": turn.text,
-              "known": asdict(turn.operation) if turn.operation else None, "edits": edits[i] if edits else []}
-             for i, turn in enumerate(dialogue.turns)]
+              "known": turn.operation and asdict(turn.operation), "edits": edits and [asdict(edit) for edit in edits]}
+             for turn, edits in zip(dialogue.turns, build.edits, strict=True)]
     for turn, one, (case, _, completion) in zip(turns, build.edits, build.outputs, strict=False):  # a baseline has none
         turn |= {"facts": case.facts, "related": [memory.id for memory in case.shown()],
                  "output": completion.text if completion else "", "skipped": getattr(one, "skipped", 0)}
@@ -106,7 +104,7 @@ def read_evaluation(path: str, names: Sequence[str] = ()) -> Pair:
              for name, own in systems.items()}
     comparable = [name for name in others if asked[name] == asked[first]]
     if not comparable:
-        raise UsageError(f"{path}: no other system was asked the questions of {first}; give two with --systems")
+        raise UsageError(f"{path}: no other system was asked the questions of {first}; give two others with --systems")
     return Pair(f"{first} and {comparable[-1]}", {name: systems[name] for name in (first, comparable[-1])})
 
 

@@ -293,6 +293,7 @@ def test_lockstep_equals_one_by_one(fake, extract, is_tight):
         assert list(a.bank) == list(b.bank)
         assert replace(a, bank=None, outputs=[]) == replace(b, bank=None, outputs=[])
         assert [case for case, *_ in a.outputs] == [case for case, *_ in b.outputs]
+        assert not any(manager.fit_case(policy, case, options)[2] for case, prompt, _ in a.outputs if prompt)
         assert [completion and completion.text for *_, completion in a.outputs] == [
             completion and completion.text for *_, completion in b.outputs]
     total = sum((one.ops for one in together), start=type(together[0].ops)())
