@@ -7,7 +7,7 @@ One training step, with the function that does it:
 2. sample a group of G completions for each prompt                            policy.sample
 3. compute their rewards                                                      task.rewards
 4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
-   (outputs of trajectories: support/trajectories.py)                         labelled_advantages
+   for the outputs of trajectories, compare equal labels instead              labelled_advantages
 5. compute the clipped surrogate and the KL penalty, and their gradients      grpo_loss, accumulate_gradients
 6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
 7. write one line to metrics.jsonl                                            loop.log
@@ -17,11 +17,11 @@ Differences from Memory-R1:
 2. Its ratio is "per action". Here it is per token, as in the published GRPO and in VERL, which Memory-R1 used.
 3. A group with equal rewards has no policy gradient. Here the update skips it, including its KL term; it still counts
    in the mean over completions.
-4. loss_mean="token" (the default) divides by the mean length of the step's completions instead of by |o_i|.
+4. loss_mean="token" (the default except for large models on real data) divides by the step's mean |o_i|, not by |o_i|.
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
-the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of the adapter begun from.
+the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of --init-adapter.
 """
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The input of the update. P counts only its groups: all with an advantage other than 0, or some of them."""
+    """The input of the update. Groups whose advantages are all 0 are left out, so P may be below --batch-size."""
     prompts: list[list[int]]  # P
     completions: list[list[list[int]]]  # P x G token ids (trajectories: groups of one)
     logp_old: torch.Tensor  # (N, C)
@@ -82,7 +82,8 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages.masked_fill(all_equal(rewards)[:, None], 0.0)  # rounding: the mean of eight 1/3 is not 1/3
+    is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # rounding: the mean of eight 1/3 is not 1/3
+    return advantages.masked_fill(is_equal, 0.0)
 
 
 def labelled_advantages(rewards: torch.Tensor, labels: list) -> torch.Tensor:
@@ -96,10 +97,6 @@ def labelled_advantages(rewards: torch.Tensor, labels: list) -> torch.Tensor:
         if len(rows) > 1:  # nothing to compare a single output with
             advantages[rows] = group_advantages(rewards[None, rows])[0]
     return advantages
-
-
-def all_equal(rewards: torch.Tensor) -> torch.Tensor:  # (P, G) -> (P,)
-    return (rewards == rewards[:, :1]).all(dim=1)
 
 
 def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:

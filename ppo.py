@@ -29,7 +29,7 @@ Differences from Memory-R1:
 
 Shapes: P prompts, G completions each, N = P*G rows, C tokens in the longest completion.
 `mask` (N, C) is True where a token was sampled, including the EOS. `_old`: at sampling. `_ref`: the reference, which is
-the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of the adapter begun from.
+the initial policy: LoRA off, because a new adapter changes nothing, or a frozen copy of --init-adapter.
 """
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -16,8 +16,8 @@ from support.packing import pad_right
 @dataclass(frozen=True)
 class Played:
     """
-    The outputs of whole trajectories. Each has a prompt of its own, because the outputs before it have changed what it
-    sees. Outputs with equal labels are compared with each other.
+    The outputs of whole trajectories. Each output has its own prompt, because earlier outputs of its trajectory changed
+    the bank. Outputs with equal labels are compared with each other.
     """
     prompts: list[list[int]]  # N
     completions: list  # N policy.Completion
@@ -57,14 +57,15 @@ def select_groups(rollouts, groups: list[int]):
 
 def minibatches(rollouts, size: int, seed: str) -> Iterator:
     """
-    Shuffle the groups and yield `size` of them at a time; 0: all at once. Groups that are smaller than the largest one
-    count by their number of rows. The same order in every process.
+    Shuffle the groups, alike in every process, and yield minibatches. A minibatch has at least as many rows as `size`
+    groups of the largest size; the last may have fewer. `size` 0: all groups at once.
     """
     order = random.Random(seed).sample(range(len(rollouts.prompts)), len(rollouts.prompts))
     sizes = [len(group) for group in rollouts.completions]
-    most, chosen = size * max(sizes) or sum(sizes), []
+    least, chosen, num_rows = size * max(sizes) or sum(sizes), [], 0
     for i in order:
         chosen.append(i)
-        if sum(sizes[i] for i in chosen) >= most or i == order[-1]:
+        num_rows += sizes[i]
+        if num_rows >= least or i == order[-1]:
             yield select_groups(rollouts, chosen)
-            chosen = []
+            chosen, num_rows = [], 0
