@@ -61,7 +61,7 @@ REAL_DATA = {  # defaults of flags where they differ from those of synthetic dat
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
     "extract": False,  # its lists of facts lose too much: raw turns as facts double the F1 (docs/results.md)
-    "window": 10,  # LoCoMo: 119 of the 127 questions that 50 turns allow, with banks that cost a fifth
+    "window": 3,  # LoCoMo: 117 of the 127 questions that 50 turns allow, with banks that cost a sixteenth
     "memories": 8,  # more distract a small Answer Agent
     "distill": False,  # selecting first costs a small Answer Agent a third of its F1
     "reward": "f1",  # its answers are rarely exact

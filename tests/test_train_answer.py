@@ -173,7 +173,7 @@ TINY = {"out": "runs/answer-grpo", "steps": 40, "batch_size": 16, "group_size": 
         "reward": "em", "warmup": 5, "beta": 0.01}
 REAL_DATA = {"top_k": 10, "memories": 60, "extract": True, "eval": 1, "loss_mean": "completion"}
 LARGE = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5}
-SMALL = {"bank": "turns", "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
+SMALL = {"extract": False, "bank": "turns", "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
          "max_new_tokens": 40, "max_operation_tokens": 256, "group_size": 16, "batch_size": 8, "minibatch": 4,
          "steps": 40, "lr": 1e-4, "warmup": 3, "beta": 0.005, "loss_mean": "token"}
 

@@ -201,7 +201,7 @@ TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size":
 REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "trajectories": 0,
              "refresh": 5, "linked": "mean", "eval": 1, "loss_mean": "completion"}
 LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
-SMALL = {"window": 10, "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
+SMALL = {"extract": False, "window": 3, "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
          "max_new_tokens": 256, "max_answer_tokens": 40, "group_size": 8, "batch_size": 8, "minibatch": 4, "steps": 30,
          "lr": 1e-4, "loss_mean": "token"}
 
