@@ -36,6 +36,7 @@ from support.text import (
     after_reasoning,
     chat_messages,
     json_values,
+    lowered,
     normalize_whitespace,
     sanitize_for_prompt,
 )
@@ -147,22 +148,30 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
 
 
 def from_json(text: str) -> str:
-    """'{"relevant": [2], "answer": "Kia"}' -> 'relevant: [2]\\nanswer: Kia'; another text as it is."""
-    found = [value for value in json_values(text) if isinstance(value, dict) and "answer" in value]
-    return f"relevant: {found[0].get('relevant')}\nanswer: {found[0]['answer']}" if found else text
+    """'{"relevant": [2], "Answer": ["Kia", "VW"]}' -> 'relevant: [2]\\nanswer: Kia, VW'; another text as it is."""
+    objects = [lowered(value) for value in json_values(text) if isinstance(value, dict)]
+    found = next((one for one in objects if "answer" in one), None)
+    if not found:
+        return text
+    answers = found["answer"] if isinstance(found["answer"], list) else [found["answer"]]
+    answer = ", ".join(str(one) for one in answers if one is not None)
+    return f"relevant: {found.get('relevant')}\nanswer: {answer}"
 
 
 def parse(completion: str) -> Answer:
     """
     'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" all of
-    the text is the answer, as in the authors' code. Invalid: no answer, or reasoning that does not end. Never raises.
+    the text, except lines "relevant: ...", is the answer, as in the authors' code. Invalid: no answer, or reasoning
+    that does not end. Never raises.
     """
-    text = re.sub(r"[*`]", "", after_reasoning(completion[:MAX_OUTPUT_CHARS]))
+    text = after_reasoning(completion)[:MAX_OUTPUT_CHARS]
+    text = re.sub(r"`|(?<!\w)\*|\*(?!\w)", "", text)  # Markdown, but not the asterisks of "M*A*S*H"
     text = text if ANSWER.search(text) else from_json(text)
     marker = ANSWER.search(text)  # the first, as in the authors' code
-    selected, rest = [], []  # numbers, as text; lines that select nothing
+    selected, rest, listed = [], [], None  # numbers, as text; lines that select nothing; match in the previous line
     for line in (text[:marker.start()] if marker else text).splitlines():
-        listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line)
+        below = marker and listed and re.match(r"[\s•-]*(\d{1,4})[\s.)]*$", line)  # "- 5" in a list
+        listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line) or below
         verdict = marker and re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
         if listed:  # ignore parentheses with letters: "2 (8 May 2023), (5)" selects 2 and 5
             undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
@@ -183,8 +192,8 @@ def format_answer(given: Answer, shown: Sequence[Memory], distill: bool = True, 
         return f"relevant: {', '.join(map(str, given.selected))}\nanswer: {given.text}" if distill else given.text
     verdicts, words = [], given.text.split(" and ")
     for i, memory in enumerate(shown if distill else (), 1):
-        told = [word for word in words if i in given.selected and word in f"{memory.time} {memory.text}"]
-        verdicts.append(f"{i} {' and '.join(told) or 'none'}")
+        found_here = [word for word in words if i in given.selected and word in f"{memory.time} {memory.text}"]
+        verdicts.append(f"{i} {' and '.join(found_here) or 'none'}")
     return "\n".join([*verdicts, f"answer: {given.text}"])
 
 
@@ -197,7 +206,7 @@ def generate_answers(policy, prompts: Sequence[AnswerPrompt], adapter: str | Non
 def normalize(text: str) -> str:
     """NFKC, lower case, hyphens and slashes as spaces, no punctuation, no articles. "7 May." -> "7 may" """
     text = unicodedata.normalize("NFKC", str(text)).lower()
-    text = re.sub(r"[-/\u2010-\u2015\u2212]", " ", text)
+    text = re.sub(r"[-/\u2010-\u2015\u2044\u2212]", " ", text)
     text = "".join(char for char in text if not unicodedata.category(char).startswith(("P", "S", "Cf")))
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 

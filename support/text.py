@@ -29,7 +29,7 @@ BROKEN_OBJECT = re.compile(r"\{[^\[{]*(?:\}|\Z)")  # not the beginning of an obj
 # A string in a list, also one like 'Jon's dog'.
 QUOTED = re.compile(r"""(?<=[\[,:\s])(?:"(?:[^"\\]|\\.){1,1000}"|'(?:[^'\\]|\\.|'(?=\w)){1,1000}')"""
                     r"""(?=\s*(?:[,\]}"'`]|\Z))""")
-ITEM = re.compile(r"(?m)^[ \t]*(?:[-*•–]|(?:(?i:fact) |\()?\d{1,2}[.):])[ \t]+(\S.*)$")  # of a list
+ITEM = re.compile(r"(?m)^[ \t]*(?:[-*•–]|(?:(?i:fact) |\()?\d{1,2}[.):])[ \t]+(\S.*)$")  # an item of a list
 KEYS = {  # names that models give to the parts of an operation; the first one is ours
     "event": ("event", "operation", "action", "op", "event_type", "operation_type", "type"),
     "id": ("id", "memory_id", "memory_number", "number", "index", "target"),
@@ -44,7 +44,7 @@ EVENT_NAMES = {"NONE": "NOOP", "NO": "NOOP", "NO-OP": "NOOP", "NO_OP": "NOOP", "
 
 
 class Parsed(list):
-    """What was read from a completion. `skipped`: number of entries left out; `cut`: of texts cut at MAX_TEXT_CHARS."""
+    """Entries of a completion. `skipped`: number left out; `cut`: number of texts shortened to MAX_TEXT_CHARS."""
 
     def __init__(self, entries=(), skipped: int = 0, cut: int = 0):
         super().__init__(entries)
@@ -128,14 +128,15 @@ def read_operations(completion: str) -> list[dict]:
     """The operations in a completion, in the form of `read_operation`; those that cannot be read have no event."""
     operations, is_empty = [], False
     for value in json_values(after_reasoning(completion)):
-        if isinstance(value, dict) and not read_operation(value)["event"]:  # {"memory": [...]}, as in the paper
-            value = next((inner for inner in value.values() if isinstance(inner, list)), [value])
-        while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) and value[0]:  # [[...]]
-            value = value[0]
-        found = [read_operation(item) for item in (value if isinstance(value, list) else [value])]
-        is_empty = is_empty or not found
-        if value is None or any(operation["event"] for operation in found):  # "[1]" is a reference
-            operations += found
+        is_wrapper = isinstance(value, dict) and not read_operation(value)["event"]  # the paper has {"memory": [...]}
+        lists = [inner for inner in value.values() if isinstance(inner, list)] if is_wrapper else []
+        for items in lists or [value]:
+            while isinstance(items, list) and len(items) == 1 and isinstance(items[0], list) and items[0]:  # [[...]]
+                items = items[0]
+            found = [read_operation(item) for item in (items if isinstance(items, list) else [items])]
+            is_empty = is_empty or not found
+            if items is None or any(operation["event"] for operation in found):  # "[1]" is a reference
+                operations += found
     return operations or [read_operation({"event": "NOOP"})] * is_empty
 
 

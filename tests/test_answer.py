@@ -230,7 +230,14 @@ def test_identical_prompts_are_answered_once(tiny):
     ("answering: Kia", Answer("answering: Kia", (), True)), ("答え answer：Kia", Answer("Kia", (), True)),
     ('{"relevant": [2, 5], "answer": "Kia"}', Answer("Kia", (2, 5), True)), ('{"answer": 7}', Answer("7", (), True)),
     ('```json\n{"reason": "{", "answer": "Kia"}\n```', Answer("Kia", (), True)),
-    ('{"answer": ""}', Answer("", (), False)),
+    ('{"answer": ""}', Answer("", (), False)), ('{"relevant": [], "answer": null}', Answer("", (), False)),
+    ('{"Relevant": [3], "ANSWER": "Kia"}', Answer("Kia", (3,), True)),
+    ('{"answer": ["Kia", "BMW"]}', Answer("Kia, BMW", (), True)), ('{"answer": []}', Answer("", (), False)),
+    ("<think>" + "x " * 10_500 + "</think>answer: Kia", Answer("Kia", (), True)),
+    ("answer: M*A*S*H", Answer("M*A*S*H", (), True)), ("*Answer:* *M*A*S*H*", Answer("M*A*S*H", (), True)),
+    ("relevant:\n- 2\n- 5.\nanswer: Kia", Answer("Kia", (2, 5), True)),
+    ("Relevant notes: 1\n• 12\nNote 7\n8\nanswer: 4", Answer("4", (1, 12), True)),
+    ("relevant: 1\n7", Answer("7", (1,), True)),  # without "answer:"
     ('{"answer": "Kia', Answer('{"answer": "Kia', (), True)), ("# Answer \nKia", Answer("Kia", (), True)),
     ("relevant: 1\n### Final answer\n\nKia", Answer("Kia", (1,), True)),
     ("<Answer>Kia</ANSWER>!", Answer("Kia", (), True)),
@@ -260,7 +267,7 @@ def test_any_text_gives_an_answer(completions):
         found = parse(completion)
         assert found.is_valid == bool(found.text) and len(found.text) <= 1000 and len(found.text.splitlines()) <= 1
         written = re.sub(r"[*`]", "", completion).encode("utf-8", "replace").decode()
-        assert all(word in written for word in found.text.split()), "not a word that is not there"
+        assert all(word in written for word in found.text.replace("*", "").split()), "not a word that is not there"
         assert len(set(found.selected)) == len(found.selected) and all(0 <= n <= 9999 for n in found.selected)
         seen.append(found)
 
@@ -284,7 +291,7 @@ def test_a_megabyte_is_read_at_once(unit):
     ("well-known", "well known"), ("2020–2022", "2020 2022"), ("yes—definitely", "yes definitely"), ("$5", "5"),
     ("−5", "5"), ("red/blue", "red blue"), ("ÉCOLE", "école"), ("e\u0301cole", "école"), ("ﬁre", "fire"),
     ("soft\u00adware", "software"), ("a\u00a0b\u3000c", "b c"), ("北京。", "北京"), ("２０２２", "2022"), ("", ""),
-    ("The", ""), ("?!", "")])
+    ("The", ""), ("?!", ""), ("½ cup", "1 2 cup")])
 def test_normalize(text, expected):
     assert normalize(text) == expected
 

@@ -76,6 +76,10 @@ SYNONYMS = [
     ('[{"type": "create", "memory": "a"}, {"type": "no_op"}]', [A, Edit("NOOP")]),
     ('{"operations": [{"event": "ADD", "text": "a"}]}', [A]), ('{"actions": [{"action": "delete", "id": 2}]}', [GONE]),
     ('{"reason": "new", "memories": [{"event": "ADD", "memory": "a"}]}', [A]),
+    ('{"memory": [], "operations": [{"event": "ADD", "text": "a"}]}', [A]),
+    ('{"relevant": [1], "operations": [{"event": "DELETE", "id": 2}], "more": ["so", "so"]}', [GONE]),
+    ('{"added": [{"event": "ADD", "text": "a"}], "deleted": [{"event": "DELETE", "id": 2}]}', [A, GONE]),
+    ('{"relevant": [1, 2], "operations": []}', [Edit("NOOP")]),
     ('{"memory": [{"id": "1", "text": "' + DOG + '", "event": "NONE"}, {"id": "2", "text": "Jon drives a Fiat car.", '
      '"event": "UPDATE", "old_memory": "' + CAR + '"}]}', [Edit("NOOP"), Edit("UPDATE", 42, "Jon drives a Fiat car.")]),
     ("[{'event': 'UPDATE', 'id': 1, 'text': 'Jon has two dogs.'}]", [DOGS]),
