@@ -55,7 +55,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, policy):
         super().__init__()
         self.base, self.policy = base, policy  # policy.active selects the adapter of all layers at once
-        self.adapters = {}  # name -> (A, B, alpha / r); a plain dict keeps A, B out of the base model's own parameters
+        self.adapters = {}  # name -> (A, B, scale); a plain dict keeps A, B out of the base model's own parameters
 
     def add_adapter(self, name, A, B, scale):
         # float32 even on a bfloat16 base: with 8 bits of precision most optimizer steps would be rounded away
@@ -86,13 +86,14 @@ class Scores(NamedTuple):
 
 
 def rows_at_once(x, V):
-    """Number of rows of V float32 logits that exist at a time. With V = 150,000 all of them do not fit into memory."""
+    """Return how many rows of V float32 logits to compute at a time: with V = 150,000 not all rows fit into memory."""
     return max(1, 2 ** (25 if x.is_cuda else 22) // V)  # large enough for a GPU, small enough for a CPU's cache
 
 
 def sample_token(logits, temperature):
     """Draw one token per row, with its log-prob: (N, V) -> (N,), (N,). Temperature 0 takes the most likely token."""
-    u = 1 - torch.rand(len(logits), 1, device=logits.device) if temperature else logits[:, :1]  # in (0, 1]
+    u = (1 - torch.rand(len(logits), 1, device=logits.device) if temperature  # in (0, 1]
+         else logits.new_zeros(len(logits), 1))  # greedy: not used
     size = rows_at_once(logits, logits.shape[1])
     parts = [draw_token(*part, temperature) for part in zip(logits.split(size), u.split(size), strict=True)]
     return [torch.cat(column).squeeze(1) for column in zip(*parts, strict=True)]
@@ -166,7 +167,7 @@ class Policy:
         eos = {self.chat.end_of_turn, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.eos = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
         self.active, self.adapters = None, {}  # a name or None; name -> r, lora_alpha, use_rslora
-        decoder = {*model.get_decoder().modules()}  # of a multimodal model, the language model
+        decoder = {*model.get_decoder().modules()}  # the language model of a multimodal model
         self.layers = {path: LoRALinear(linear, self) for path, linear in model.named_modules()
                        if isinstance(linear, nn.Linear) and linear in decoder and linear is not self.head}
         if not self.layers:
@@ -177,7 +178,7 @@ class Policy:
             model.config._attn_implementation = "shared"  # registered by support/attention.py
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
-        self.checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
+        self.checkpointed = self._checkpoint_layers() if gradient_checkpointing else None  # None: not tried
         if gradient_checkpointing and not self.checkpointed:
             raise UsageError(f"model {name}: does not support --gradient-checkpointing; leave the flag out")
 
@@ -207,8 +208,6 @@ class Policy:
         for layer in layers:
             layer.forward = checkpointed(layer.forward)
         return layers
-
-    # -------------------------------------------------------------------------------------------- adapters
 
     @contextmanager
     def using(self, name: str | None):
@@ -251,8 +250,6 @@ class Policy:
                 layer.add_adapter(name, *matrices[path], scale)
         self.adapters[name] = {key: config.get(key, False) for key in ("r", "lora_alpha", "use_rslora")}
 
-    # -------------------------------------------------------------------------------------------- text
-
     def encode(self, messages: list[dict]) -> list[int]:
         """Chat messages as token ids, up to the beginning of the assistant's reply."""
         return self.chat.render(messages, add_generation_prompt=True)
@@ -263,8 +260,6 @@ class Policy:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    # -------------------------------------------------------------------------------------------- sampling
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], n=1, max_new_tokens=64, temperature=1.0) -> list[list[Completion]]:
@@ -320,8 +315,6 @@ class Policy:
         return [Completion(ids[:length], logp[:length], is_finished, self.decode(ids[:length - is_finished]))
                 for ids, logp, length, is_finished in columns]
 
-    # -------------------------------------------------------------------------------------------- scoring
-
     def pack_batch(self, prompts, completions, padded=False) -> PackedBatch:
         """Groups as rows: packed where the model allows it, else (or if `padded`) one row per completion."""
         return (packing.pack_groups if self.packs and not padded else packing.pad_groups)(
@@ -346,21 +339,23 @@ class Policy:
         """
         Split this process's shard of the groups into lists of indices, one for each call of `score`: at most max_tokens
         including padding (0: as many as fit into memory), or a single group. If that group does not fit, gradient
-        checkpointing is turned on.
+        checkpointing is turned on; where the model does not support it, a warning says so once.
         """
         own = local_shard(range(len(prompts)))
-        sizes = [len(prompts[i]) + sum(map(len, completions[i])) if self.packs
-                 else len(completions[i]) * (len(prompts[i]) + max(map(len, completions[i]))) for i in own]
-        if not self.checkpointed and not packing.fits_backward(self, max(sizes, default=0)):
+        shapes = [(1, len(prompts[i]) + sum(map(len, completions[i]))) if self.packs
+                  else (len(completions[i]), len(prompts[i]) + max(map(len, completions[i]))) for i in own]
+        largest = max((rows * width for rows, width in shapes), default=0)  # tokens
+        if self.checkpointed is None and not packing.fits_backward(self, largest):
             self.checkpointed = self._checkpoint_layers()
-            logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: gradient "
-                            "checkpointing is on, which takes a third more time", self.name, max(sizes))
+            logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: %s",
+                            self.name, largest, "gradient checkpointing is on, which takes a third more time"
+                            if self.checkpointed else "lower --max-prompt-tokens, --max-new-tokens or --group-size")
         return [[own[i] for i in batch]
-                for batch in packing.batches_within(sizes, max_tokens or packing.max_train_tokens(self))]
+                for batch in packing.batches_within(shapes, max_tokens or packing.max_train_tokens(self))]
 
     @torch.no_grad()
     def map_groups(self, function, prompts, completions, max_tokens: int = 0) -> torch.Tensor:
-        """function(prompts, completions) -> (n, c) for all groups, without gradient, as one (N, C) tensor."""
+        """Apply function(prompts, completions) -> (n, c) to micro-batches, without gradient; return all rows (N, C)."""
         rows, width = group_rows(completions), max(len(ids) for group in completions for ids in group)
         result = torch.zeros(rows[-1].stop, width, device=self.device)
         for indices in self.micro_batches(prompts, completions, max_tokens):

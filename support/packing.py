@@ -19,8 +19,8 @@ import torch
 
 from support.distributed import world_size
 
-MAX_FRACTION = 0.7  # of the free memory: the estimates leave out attention masks, logits, and fragments
-MAX_CPU_BYTES = 2**32  # of one batch: on a CPU larger ones are no faster
+MAX_FRACTION = 0.7  # fraction of the free memory; the estimates leave out attention masks, logits, and fragments
+MAX_CPU_BYTES = 2**32  # memory of one batch: on a CPU larger ones are no faster
 
 
 class PackedBatch(NamedTuple):
@@ -84,14 +84,14 @@ def pad_groups(prompts, completions, device="cpu"):
     return batch._replace(attention=real.to(device))
 
 
-def batches_within(sizes: list[int], max_tokens: int) -> list[list[int]]:
+def batches_within(shapes: list[tuple[int, int]], max_tokens: int) -> list[list[int]]:
     """
-    Split rows of these sizes into batches of at most max_tokens, padding included; a larger row gets its own batch.
-    Rows of similar size share a batch: [2, 9, 3], 10 -> [[1], [2, 0]]
+    Split groups of these (rows, width) into batches of at most max_tokens, padding included; a larger group gets its
+    own batch. Groups of similar width share a batch: [(1, 2), (1, 9), (2, 3)], 10 -> [[1], [2, 0]]
     """
     batches = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * sizes[batches[-1][0]] > max_tokens:
+    for i in sorted(range(len(shapes)), key=lambda i: shapes[i][1], reverse=True):  # the widest first
+        if not batches or sum(shapes[j][0] for j in [*batches[-1], i]) * shapes[batches[-1][0]][1] > max_tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
