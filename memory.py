@@ -224,13 +224,11 @@ class MemoryBank:
         index.remove(id)
         del self._memories[id]
 
-    def get(self, id):
+    def __getitem__(self, id):
         """Return the memory with this id. KeyError if there is none."""
         if id not in self:
             raise KeyError(f"no memory with id {id!r} in this bank")
         return self._memories[id]
-
-    __getitem__ = get
 
     def __contains__(self, id):
         return id in self._memories
@@ -304,7 +302,8 @@ def read_bank(path):
             raise ValueError(f"its format is not {FILE_FORMAT!r}")
         next_id, memories = content["next_id"], [Memory(**entry) for entry in content["memories"]]
         ids = {memory.id for memory in memories}
-        are_valid = type(next_id) is int and all(type(id) is int and 0 <= id < next_id < 1 << 62 for id in ids)
+        are_valid = type(next_id) is int and 0 <= next_id < 1 << 62 and all(
+            type(id) is int and 0 <= id < next_id for id in ids)
         if not are_valid or len(ids) < len(memories):
             raise ValueError("its ids are damaged")
         if any(type(part) is not str for m in memories for part in (m.text, m.speaker, m.time)):

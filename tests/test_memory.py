@@ -155,7 +155,7 @@ def test_small_and_odd_requests():
     bank = MemoryBank(make_embedder("hash"))
     assert bank.search("anything", 5) == [] and len(bank) == 0 and list(bank) == []
     assert bank.add("Jon has a dog.", "Jon", "May") == 0
-    assert bank.get(0) == bank[0] == memory.Memory(0, "Jon has a dog.", "Jon", "May")
+    assert bank[0] == memory.Memory(0, "Jon has a dog.", "Jon", "May")
     assert bank.search("dog", 5) == [bank[0]]
     assert bank.search("dog", 0) == bank.search("dog", -1) == bank.fork().search("dog", -1) == []
     assert bank.search("dog", 5, speaker="Ann") == []
@@ -164,7 +164,7 @@ def test_small_and_odd_requests():
     assert len(bank.search("", 5)) == 3
     score = bank.search_scored("dog", 1)[0][1]
     assert bank.search("dog", 5, floor=score) == [bank[0]] and bank.search("dog", 5, floor=score + 1e-6) == []
-    for call in (bank.get, bank.delete, lambda id: bank.update(id, "", "")):
+    for call in (bank.__getitem__, bank.delete, lambda id: bank.update(id, "", "")):
         with pytest.raises(KeyError, match="no memory with id 7"):
             call(7)
 
@@ -327,7 +327,7 @@ ENTRY = {"id": 0, "text": "t", "speaker": "s", "time": "m"}
     lambda content: "", lambda content: json.dumps(content)[:-20], lambda content: "[" * 100_000,
     lambda content: "[]", lambda content: "null", lambda content: "{}", lambda content: b"\xff\xfe\x00\x80PK",
     spoiled(format="memory-r1 bank, version 2"), spoiled(next_id="9"), spoiled(next_id=0),
-    spoiled(next_id=None, memories=[]),
+    spoiled(next_id=None, memories=[]), spoiled(next_id=-5, memories=[]), spoiled(next_id=1 << 62, memories=[]),
     spoiled(memories=None),
     spoiled(memories=[1]), spoiled(memories=[{"id": 0}]), spoiled(memories=[ENTRY, ENTRY]),
     spoiled(memories=[{**ENTRY, "id": -1}]), spoiled(memories=[{**ENTRY, "id": True}]),

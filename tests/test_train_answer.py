@@ -93,7 +93,7 @@ def hand_made():
     sources = {bank.add(text, speaker, ""): turns for speaker, text, turns in told}
     question = Question("Q", "Which dog does Ann have?", "Rex", 4, ("D1:1", "D1:3"))
     item = train_answer.BankQuestion(question, bank, ("Ann", "Bob"), sources)
-    return train_answer.Episode([1, 2], [bank.get(id) for id in (0, 1, 3, 2)], 0, item)
+    return train_answer.Episode([1, 2], [bank[id] for id in (0, 1, 3, 2)], 0, item)
 
 
 def test_evidence_are_the_memories_written_from_the_questions_turns():
