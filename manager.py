@@ -203,7 +203,7 @@ class Manager:
         fitted = [fit_prompt(
             self.policy, lambda words, turn=turn: chat_messages(
                 EXTRACTOR, turn_text(turn.speaker, turn.time, " ".join(words)), shown),
-            turn.text.split(), max_tokens, limit) for turn in turns]  # of a turn that is too long, the first words
+            turn.text.split(), max_tokens, limit) for turn in turns]  # a turn that is too long keeps its first words
         texts = generate(self.policy, None, [ids for ids, _, _ in fitted], limit)
         return [Parsed(dict.fromkeys(facts), facts.skipped, facts.cut + (dropped > 0))  # each fact once
                 for facts, (_, _, dropped) in zip(map(parse_facts, texts), fitted, strict=True)]
@@ -217,7 +217,7 @@ class Manager:
     def sample_edits(self, cases: Sequence[Case], temperature=0) -> list[tuple]:
         """
         For each case: (edits or None if invalid, number of memories dropped, the case with the memories that the prompt
-        shows, prompt, completion). A case without facts has the edit NOOP, and no prompt.
+        shows, prompt, completion), by default greedy. A case without facts has the edit NOOP, and no prompt.
         """
         fitted = [fit_case(self.policy, case, self.settings) for case in cases if case.facts]
         with self.policy.using(self.adapter):
@@ -226,10 +226,6 @@ class Manager:
         outputs = iter([(parse(completion.text, case), dropped, case, ids, completion)
                         for [completion], (ids, case, dropped) in zip(groups, fitted, strict=True)])
         return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), 0, case, None, None) for case in cases]
-
-    def predict_edits(self, cases: Sequence[Case]) -> list[tuple[Parsed | None, int]]:
-        """For each case: (greedy edits or None if invalid, number of memories dropped). Without facts: NOOP."""
-        return [(edits, dropped) for edits, dropped, *_ in self.sample_edits(cases)]
 
 
 @dataclass
@@ -241,8 +237,8 @@ class BankBuild:
     num_labeled: int = 0  # turns that have a reference operation
     dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
-    edits: list[list[Edit] | None] = field(default_factory=list)  # of each turn, None if its output was invalid
-    outputs: list[tuple] = field(default_factory=list)  # of each turn: (case, prompt, Completion); see `sample_edits`
+    edits: list[list[Edit] | None] = field(default_factory=list)  # per turn; None if its output was invalid
+    outputs: list[tuple] = field(default_factory=list)  # per turn: (case, prompt, Completion); see `sample_edits`
     history: list[list[Memory]] = field(default_factory=list)  # memories before each turn, if outputs were sampled
 
     @property
@@ -253,8 +249,8 @@ class BankBuild:
 
 def bank_report(builds: Sequence[BankBuild]) -> dict:
     """
-    Mean bank size; edits by event; fraction of invalid completions; agreement with the reference (None without one).
-    Lost: "invalid" completions, "skipped" operations, "unread_facts", and "cut_texts", longer than MAX_TEXT_CHARS.
+    Return mean bank size, counts of edits by event, invalid rate, and agreement with the reference (None without one).
+    `ops` also counts losses: invalid completions, skipped operations, unread facts, cut texts.
     """
     ops, num_labeled = sum((build.ops for build in builds), Counter()), sum(build.num_labeled for build in builds)
     return {"bank_size": sum(len(build.bank) for build in builds) / len(builds), "ops": dict(ops),
@@ -332,9 +328,11 @@ def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = 
 
 def turn_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
     """Baseline: banks of the raw turns, each with its speaker's name, as in retrieval-augmented generation."""
-    embedder.embed([raw_text(turn) for dialogue in dialogues for turn in dialogue.turns])  # one batch fills its cache
-    return build_in_lockstep(dialogues, embedder,
-                             lambda batch: [[Edit("ADD", None, raw_text(turn))] for _, _, turn in batch])
+    def decide(batch):
+        texts = [raw_text(turn) for _, _, turn in batch]
+        embedder.embed(texts)  # in one call; `add` then finds the vectors in the cache
+        return [[Edit("ADD", None, text)] for text in texts]
+    return build_in_lockstep(dialogues, embedder, decide)
 
 
 def raw_text(turn: Turn) -> str:
@@ -362,7 +360,7 @@ def load_manager(model: str, adapter: str | None) -> Manager:
 def read_turn(manager: Manager, bank: MemoryBank, turn: Turn) -> None:
     """Let the Manager read a turn: print its edits and apply them to the bank."""
     case = make_case(bank, turn, manager.extract([turn])[0], manager.settings.top_k)
-    [(edits, _)] = manager.predict_edits([case])
+    edits, *_ = manager.sample_edits([case])[0]
     if edits is None:
         return print("    ! the output cannot be carried out: nothing changes")
     for edit in edits:

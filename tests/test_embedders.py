@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
 import memory
-from data import UsageError
+from data import Dialogue, Turn, UsageError
+from manager import turn_banks
 from memory import MemoryBank, make_embedder, word_features
 from support.encoder import Encoder
 
@@ -210,6 +211,16 @@ def test_embedder_remembers_recent_texts_and_hands_out_copies(monkeypatch):
     embedder.embed(list("cdefg"))
     embedder.embed(["a"])
     assert computed == list("abcdefga") and len(embedder._recent) == 3
+
+
+def test_banks_of_turns_embed_each_text_once_even_beyond_the_cache(monkeypatch):
+    computed, compute = [], memory.hashed_vectors
+    monkeypatch.setattr(memory, "hashed_vectors", lambda texts: computed.append(len(texts)) or compute(texts))
+    monkeypatch.setattr(memory, "RECENT_TEXTS", 4)
+    dialogues = [Dialogue(name, ("Jon", "Gina"), tuple(Turn(str(i), 1, "Jon", f"{name} {i}", "") for i in range(5)), ())
+                 for name in "abc"]
+    assert [len(build.bank) for build in turn_banks(dialogues, make_embedder("hash"))] == [5] * 3
+    assert computed == [3] * 5, "the turns of all dialogues in one call"
 
 
 @pytest.mark.parametrize("name", ["no/such-folder/at-all", "hash+", "", "{folder}", "hash+{folder}"])
