@@ -73,8 +73,6 @@ class Rollouts:
 NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics if all groups have equal rewards
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
-
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """
     A = (r - mean) / (std + eps), with mean and (unbiased) std over each group. (P, G) -> (P, G)
@@ -117,15 +115,13 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
     the mean over rows, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
     A = advantages[:, None]  # the same number for every token of a row
-    rho = (logp - logp_old).exp()  # 1 until the first optimizer step
+    rho = (logp - logp_old).exp()  # 1 up to rounding until the first optimizer step
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
     objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
     per_row = (objective * mask).sum(dim=1) / (mean_length or mask.sum(dim=1).clamp(min=1))
     return -per_row, kl.detach(), (clipped < rho * A).detach()
 
-
-# ------------------------------------------------------------------------------------------------ one step
 
 def make_rollouts(policy: Policy, prompts, groups, rewards, config: Config, reference=None, played=None):
     """

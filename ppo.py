@@ -58,7 +58,7 @@ class Config:
     warmup: int = flag(5, "steps over which the learning rates rise", least=0)
     schedule: str = flag("linear", "learning rates after the warmup", choices=("linear", "constant"))
     clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
-    value_clip: float = flag(0.2, "a value moved this far to its return has no gradient; 0: no limit", least=0)
+    value_clip: float = flag(0.2, "stop a value's gradient once it has moved this far to its return; 0: never", least=0)
     gamma: float = flag(1.0, "discount", least=0, most=1)
     gae_lambda: float = flag(1.0, "GAE's lambda: 1 trusts the outcome, 0 the critic's next value", least=0, most=1)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
@@ -115,8 +115,6 @@ class Critic(nn.Module):
         return scatter_to_mask(hidden @ self.w / len(self.w) ** 0.5 + self.b, batch.mask)
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
-
 def terminal_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The reward of each completion at its last sampled token. ([1.], [[1, 1, 0]]) -> [[0., 1., 0.]]"""
     per_token = torch.zeros(mask.shape, device=mask.device)
@@ -125,8 +123,9 @@ def terminal_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def add_trajectories(prompts, groups, rewards, played=None):
     """
-    Prompts, groups, rewards (N,) and weights of the advantages (N, 1) of a step's groups, with rewards (P, G), and of
-    the outputs of trajectories (`played`), each with the outcome of its trajectory as terminal reward.
+    Append the outputs of trajectories (`played`) to a step's groups. Returns prompts, groups, rewards (N,) and the
+    weight of each row's advantages (N, 1). `rewards` (P, G) are those of the groups; the reward of an output is its
+    trajectory's outcome.
     """
     rewards = rewards.flatten()
     if not played:
@@ -139,7 +138,7 @@ def add_trajectories(prompts, groups, rewards, played=None):
 def gae(rewards, values, mask, gamma, lam):
     """
     A_t = delta_t + gamma lam A_t+1,   delta_t = r_t + gamma V_t+1 - V_t   (1506.02438, eq. 16, backwards from the end)
-    All (N, C). lam = 1: the rewards from t on, minus V_t. lam = 0: delta_t.
+    All (N, C). lam = 1: the discounted rewards from t on, minus V_t. lam = 0: delta_t.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # V = 0 after the end, even if cut off
@@ -180,7 +179,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
     before the mean over rows, and per token (N, C) the KL and whether the clip removed the surrogate's gradient.
     """
     A = advantages  # a different number for every token
-    rho = (logp - logp_old).exp()  # 1 until the first optimizer step
+    rho = (logp - logp_old).exp()  # 1 up to rounding until the first optimizer step
     clipped = rho.clamp(1 - clip, 1 + clip) * A
     kl = kl_k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
     objective = torch.min(rho * A, clipped) - beta * kl  # min for both signs of A
@@ -190,8 +189,8 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_length
 
 def value_loss(values, values_old, returns, mask, clip):
     """
-    1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: no gradient once V has moved by eps
-    to R. Not in the PPO paper, but in OpenAI's implementation. The mean is over each completion. (N, C) x 4 -> (N,)
+    1/2 1/|o_i| sum_t max[ (V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2 ]: no gradient once V has moved
+    toward R by eps. Not in the PPO paper, but in OpenAI's code. The mean is over each completion. (N, C) x 4 -> (N,)
     """
     error = (values - returns) ** 2
     if clip > 0:
@@ -200,14 +199,12 @@ def value_loss(values, values_old, returns, mask, clip):
     return 0.5 * (error * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------ one step
-
 def make_rollouts(policy: Policy, critic, prompts, groups, rewards, config: Config, reference=None) -> Rollouts:
-    """Values, advantages, returns and reference log-probs of a step's completions, without gradient."""
+    """Values, advantages, returns and reference log-probs of completions with rewards (N,), without gradient."""
     completions = [[completion.ids for completion in group] for group in groups]
     mask, logp_old = sampled_tensors(groups, policy.device)
     values = policy.map_groups(critic, prompts, completions, config.micro_batch_tokens)  # (N, C)
-    per_token = terminal_rewards(rewards.flatten().to(policy.device), mask)
+    per_token = terminal_rewards(rewards.to(policy.device), mask)
     advantages = gae(per_token, values, mask, config.gamma, config.gae_lambda)
     returns = advantages + values  # before whitening: the critic learns rewards, not z-scores
     rollouts = Rollouts(prompts, completions, mask, logp_old, values, whiten(advantages, mask), returns,

@@ -1,6 +1,6 @@
 """
 Attention for completions that share a prompt, registered in transformers as `_attn_implementation = "shared"`, and the
-decoder for sampling. It is exact: each token's softmax runs over the same keys as for its completion alone.
+decoder for sampling. Exact up to rounding: a token's softmax runs over the same keys as for its completion alone.
 
 Shapes: P prompts of up to L tokens, N rows that continue them, t tokens so far, H query heads, K key heads of size D,
 V vocabulary. Rows are ordered by their prompt.
@@ -104,8 +104,7 @@ class Decoder:
         prompts = list(dict.fromkeys(rows))  # the longest first
         self.width = L = len(prompts[0])
         c = min(len(commonprefix(prompts)), len(prompts[-1]) - 1) if shares_prompts and len(prompts) > 1 else 0
-        self.num_common = c if c >= MIN_PREFIX else 0
-        c = self.num_common
+        self.num_common = c = c if c >= MIN_PREFIX else 0
         self.ids = torch.tensor([[*p[:c], *[0] * (L - len(p)), *p[c:]] for p in prompts], device=device)
         columns = torch.arange(L + max_new_tokens, device=device)
         gap = torch.tensor([[L - len(p)] for p in prompts], device=device) * (columns >= c)
@@ -150,4 +149,5 @@ class Decoder:
     def _forward(self, ids, positions, attention):
         states = self.model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions,
                                        past_key_values=self.cache, use_cache=True, **self.shared).last_hidden_state
-        return self.model.get_output_embeddings()(states[:, -1])  # (N, H): of (N, 1, H), a CPU would copy V x H per row
+        # (N, H): for (N, 1, H) a CPU would copy the (V, H) weight once per row
+        return self.model.get_output_embeddings()(states[:, -1])

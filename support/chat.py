@@ -6,7 +6,7 @@ from itertools import product
 from data import UsageError, is_tiny
 from support.text import normalize_whitespace
 
-DATE = datetime(2024, 7, 26)  # for templates that write today's date: prompts must not change from day to day
+DATE = datetime(2024, 7, 26)  # some templates write today's date: prompts must not change from day to day
 OPTIONS = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False}  # names that templates of Llama and Qwen3 read
 # Other templates call strftime_now, which transformers defines. This macro hides it; a function cannot be passed.
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format.replace('%-', '%')" + "".join(
@@ -23,7 +23,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, name: str):
         self.tokenizer, self.merges_system, self.uses_parts = tokenizer, False, False
-        try:  # of several named templates, the one named "default"
+        try:  # takes the template named "default" if there are several
             self.template = tokenizer.chat_template and tokenizer.get_chat_template()
         except ValueError:
             names = ", ".join(sorted(tokenizer.chat_template))

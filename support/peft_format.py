@@ -17,7 +17,7 @@ UNDERSTOOD = {  # fields of adapter_config.json with the values of plain LoRA; (
                      "inference_mode", "auto_mapping"), ()),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), ()),  # see the keys
 }
-OFF = (None, False, {}, [])  # of any other field: PEFT adds fields that are off by default
+OFF = (None, False, {}, [])  # values of any other field: PEFT adds fields that are off by default
 PEFT_KEY = "base_model.model.{}.lora_{}.weight"
 
 
@@ -37,7 +37,7 @@ def write_adapter(folder, base_model: str, matrices: dict, shape: dict) -> None:
 
 
 def read_adapter(folder):
-    """Return (config, weights, alpha / r) from an adapter's or a run's folder. UsageError if it is not plain LoRA."""
+    """Return (config, weights, scale) from an adapter's or a run's folder. UsageError if it is not plain LoRA."""
     folder = Path(folder, "adapter") if Path(folder, "adapter").is_dir() else Path(folder)
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())

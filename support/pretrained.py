@@ -25,7 +25,7 @@ def locate(name) -> tuple[str, dict]:
             raise UsageError(f"model {name}: a .gguf file needs optional packages: pip install {' '.join(missing)}")
         return str(path.parent), {"gguf_file": path.name}
     if str(name).startswith((".", "/", "~")) or path.is_dir():
-        if not Path(path, "config.json").is_file():  # for example an adapter's folder
+        if not Path(path, "config.json").is_file():  # such as an adapter's folder
             raise UsageError(f"model {name}: no config.json there; give a hub id, a model's folder or a .gguf file")
         return str(path), {}
     return str(name), {}

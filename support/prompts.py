@@ -51,7 +51,8 @@ def memory_lines(memories: Sequence, start: int = 1) -> str:
 def fit_prompt(policy, render: Callable, ranked: Sequence, max_tokens: int | None, max_new_tokens: int):
     """
     (ids of render(memories), memories, number dropped); memories: the first of `ranked`, as many as fit into max_tokens
-    and, with max_new_tokens after them, into the model's window.
+    and, with max_new_tokens after them, into the model's window. If the prompt exceeds the limit even without memories,
+    its ids are returned as they are.
     """
     def encode_best(n):
         return policy.encode(render(ranked[:n]))

@@ -23,7 +23,7 @@ class Played:
     completions: list  # N policy.Completion
     rewards: torch.Tensor  # (N,) from the final bank of its trajectory
     labels: list  # N hashable values
-    weights: tuple[float, float] = (1.0, 1.0)  # of the advantages of the step's groups, and of these outputs
+    weights: tuple[float, float] = (1.0, 1.0)  # factors of the advantages: the step's groups, these outputs
 
     def append_to(self, prompts: list, groups: list[list]) -> tuple[list, list]:
         """The prompts and groups of a step, and then these outputs as groups of one."""

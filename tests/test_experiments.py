@@ -167,7 +167,7 @@ def check_siblings_mean(ppo):
 
     policy = Namespace(device="cpu", map_groups=map_groups)
     groups = [[Completion([5] * n, [0.0] * n, True, "") for n in lengths] for lengths in ((2, 1), (1, 1))]
-    found = ppo.make_rollouts(policy, critic, [[1], [2]], groups, torch.tensor([[1.0, 0], [1, 1]]), ppo.Config(beta=0))
+    found = ppo.make_rollouts(policy, critic, [[1], [2]], groups, torch.tensor([1.0, 0, 1, 1]), ppo.Config(beta=0))
     deviation = 0.14 ** 0.5 + 1e-4  # of .5 .5 -.5 0 0, whose mean is .1
     by_hand = torch.tensor([[0.4, 0.4], [-0.6, 0], [-0.1, 0], [-0.1, 0]]) / deviation
     assert torch.allclose(found.advantages, by_hand, atol=1e-5)

@@ -169,7 +169,7 @@ def rollouts(policy, critic, config=None):
     torch.manual_seed(3)
     with policy.using("agent"):
         groups = policy.sample(PROMPTS, config.group_size, config.max_new_tokens, config.temperature)
-    rewards = torch.rand(len(PROMPTS), config.group_size)
+    rewards = torch.rand(len(PROMPTS) * config.group_size)
     return ppo.make_rollouts(policy, critic, PROMPTS, groups, rewards, config), groups
 
 
