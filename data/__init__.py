@@ -15,27 +15,29 @@ BENCHMARKS = {"synthetic": synthetic.load, "locomo": locomo.load, "longmemeval":
               "longmemeval-s": partial(longmemeval.load, variant="s"), "msc": msc.load}
 
 
-def load(name: str, split: str, **options) -> list[Dialogue]:
+def load(name: str, split: str, adversarial: bool = False, **options) -> list[Dialogue]:
     """
     Load a split of a benchmark, or of a file in the format of LoCoMo, LongMemEval, MSC or a transcript. The keys of the
-    first entry identify the format; a file that is not JSON is a transcript. `options` are passed to the loader.
-    UsageError if the data cannot be read.
+    first entry identify the format; a file that does not begin with [ or { is a transcript. `adversarial` adds LoCoMo's
+    category 5; `options` are passed to the loader. UsageError if the data cannot be read.
     """
-    def run(loader, **found):
-        if options.get("adversarial") and loader is not locomo.load:
-            raise UsageError(f"--data {name} has no adversarial questions: only LoCoMo has")
-        return loader(split, **found, **options)
-
     if name in BENCHMARKS:
-        return run(BENCHMARKS[name])
-    if not Path(name).is_file():
+        loader = BENCHMARKS[name]
+    elif not Path(name).is_file():
         raise UsageError(f"--data {name}: neither a benchmark ({', '.join(BENCHMARKS)}) nor a file that exists")
-    if transcript.is_plain_text(name):
-        return run(transcript.load, path=name)
-    entries = read_entries(name)
-    keys = set(entries[0]) if isinstance(entries[0], dict) else locomo.KEYS
-    module = max(locomo, longmemeval, msc, transcript, key=lambda module: len(module.KEYS & keys))
-    if not module.KEYS & keys:
-        raise UsageError(f'{name}: entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" of '
-                         'LongMemEval, nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a transcript')
-    return run(module.load, path=name, entries=entries)
+    elif transcript.is_plain_text(name):
+        loader, options["path"] = transcript.load, name
+    else:
+        entries = read_entries(name)
+        keys = set(entries[0]) if isinstance(entries[0], dict) else locomo.KEYS
+        module = max(locomo, longmemeval, msc, transcript, key=lambda module: len(module.KEYS & keys))
+        if not module.KEYS & keys:
+            raise UsageError(f'{name}: entry 0 has neither the "conversation" of LoCoMo, nor the "haystack_sessions" '
+                             'of LongMemEval, nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a '
+                             'transcript')
+        loader, options = module.load, options | {"path": name, "entries": entries}
+    if loader is locomo.load:
+        options["adversarial"] = adversarial
+    elif adversarial:
+        raise UsageError(f"--data {name} has no adversarial questions: only LoCoMo has")
+    return loader(split, **options)

@@ -38,18 +38,16 @@ def cached_file(file: str, title: str, address: str, sha256: str) -> Path:
 def read_entries(path: str | Path) -> list:
     """Read a file that holds a JSON list or one JSON object per line. Returns its entries, unchecked."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        try:
-            entries = json.loads(text)
-            entries = [entries] if isinstance(entries, dict) else entries
-        except ValueError:
-            if not text.lstrip().startswith("{"):
-                raise
-            entries = json.loads("[" + text.strip().replace("\n", ",\n") + "]")  # a JSON string has no line break
+        text, entries, end = Path(path).read_bytes().decode("utf-8-sig"), [], 0
+        while place := re.compile(r"\S").search(text, end):  # an error then has its true line and column
+            entry, end = json.JSONDecoder().raw_decode(text, place.start())
+            entries.append(entry)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is neither JSON nor one JSON object a line ({error})") from None
+    if len(entries) == 1 and not isinstance(entries[0], dict):
+        entries = entries[0]
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: is not a list of conversations")
     return entries

@@ -52,6 +52,8 @@ def make_dialogue(entry, where, adversarial):
     conversation = member(entry, "conversation", dict, where)
     inside = f'{where}: "conversation"'
     speakers = tuple(member(conversation, key, str, inside) for key in ("speaker_a", "speaker_b"))
+    if speakers[0] == speakers[1]:
+        raise UsageError(f'{inside}: "speaker_a" and "speaker_b" are both "{speakers[0]}"')
     # conv-26 has dates of 16 sessions that do not exist, so sessions are found by their own keys
     keys = [key for key in conversation if re.fullmatch(r"session_[0-9]{1,6}", key)]
     turns = {}
@@ -61,7 +63,8 @@ def make_dialogue(entry, where, adversarial):
             turn = make_turn(raw, int(key[8:]), time, speakers, f"{where}: {key}, turn {i}")
             if turn.id in turns:
                 raise UsageError(f'{where}: {key}, turn {i}: an earlier turn has the "dia_id" "{turn.id}"')
-            turns[turn.id] = turn
+            if turn.text:
+                turns[turn.id] = turn
     if not turns:
         raise UsageError(f"{inside} has no turn")
     questions = [make_question(raw, f"{name}:{i}", turns, f"{where}: question {i}")

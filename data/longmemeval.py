@@ -73,10 +73,10 @@ def read_sessions(entry, where):
     if len(dates) != len(sessions):
         raise UsageError(f'{where}: "haystack_dates" has {len(dates)} dates for {len(sessions)} of "haystack_sessions"')
     found = []
-    for i, pair in enumerate(zip(dates, sessions, strict=True)):
-        inside, session = f"{where}: session {i}", dict(zip(("haystack_dates", "haystack_sessions"), pair, strict=True))
-        date = member(session, "haystack_dates", str, inside)
-        found.append((date, member(session, "haystack_sessions", list, inside), inside))
+    for i, (date, session) in enumerate(zip(dates, sessions, strict=True)):
+        inside, pair = f"{where}: session {i}", {"haystack_dates": date, "haystack_sessions": session}
+        date = member(pair, "haystack_dates", str, inside)
+        found.append((date, member(pair, "haystack_sessions", list, inside), inside))
     return found
 
 

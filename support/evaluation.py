@@ -48,9 +48,7 @@ def select_questions(args, preset: dict, limit: int | None) -> tuple[list[Dialog
     """Dialogues with only the selected final questions, at most `limit` in all; and a checksum of all turns."""
     is_synthetic = args.data == "synthetic"
     options = {"count": preset["count"], "num_turns": preset["num_turns"], "seed": args.seed} if is_synthetic else {}
-    if args.adversarial:
-        options["adversarial"] = True
-    dialogues = data.load(args.data, args.split, **options)
+    dialogues = data.load(args.data, args.split, args.adversarial, **options)
     final = [(dialogue, question) for dialogue in dialogues for question in dialogue.final_questions()]
     known = sorted({question.category for _, question in final})
     if not final:

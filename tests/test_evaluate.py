@@ -286,7 +286,7 @@ def test_a_limit_takes_some_of_every_category(monkeypatch):
     turn = Turn("D1:1", 1, "user", "Hi", "today")
     dialogues = [Dialogue(str(i), ("user", "assistant"), (turn,), (Question(str(i), "?", "x", 11 + i // 4),))
                  for i in range(12)]
-    monkeypatch.setattr(data, "load", lambda *_: dialogues)
+    monkeypatch.setattr(data, "load", lambda *_, **options: dialogues)
     args = evaluate.arguments(["--data", "x"])
     for limit, categories in ((2, [11, 12]), (3, [11, 12, 13]), (7, [11, 11, 11, 12, 12, 13, 13]), (99, None)):
         chosen = [one.questions[0].category for one in select_questions(args, evaluate.REAL, limit)[0]]

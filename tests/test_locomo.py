@@ -60,6 +60,12 @@ def test_turns(write):
     assert dialogue.turns[0].time == "1:56 pm on 8 May, 2023"
 
 
+def test_a_turn_without_text_and_caption_is_left_out(write):
+    dialogue, = locomo.load(path=write(changed("conversation", "session_10", 0, "text", value=" ")))
+    assert [turn.id for turn in dialogue.turns] == ["D2:1", "D2:2"] and dialogue.questions[0].evidence == (
+        "D2:1", "D2:2")
+
+
 def test_questions(write):
     dialogue, = locomo.load(path=write(ENTRY), adversarial=True)
     assert [(question.id, question.answer, question.evidence) for question in dialogue.questions] == [
@@ -111,6 +117,8 @@ def test_splits_of_a_file(write):
      'entry 1 (conv-7): session_2, turn 1: an earlier turn has the "dia_id" "D2:1"'),
     (changed("conversation", value={"speaker_a": "Ann", "speaker_b": "Bob", "session_1_date_time": "today"}),
      'entry 1 (conv-7): "conversation" has no turn'),
+    (changed("conversation", "speaker_b", value=" Ann"),
+     'entry 1 (conv-7): "conversation": "speaker_a" and "speaker_b" are both "Ann"'),
     (3, "entry 1 is not an object"),
 ])
 def test_malformed_entries_are_named(write, entry, message):

@@ -139,11 +139,22 @@ def test_the_keys_of_the_first_entry_tell_the_format(tmp_path, entry, message):
     assert str(error.value) == f"{path}: {message}"
 
 
-def test_a_broken_line_is_named_by_its_number(tmp_path):
+@pytest.mark.parametrize("text, place", [
+    (f"{json.dumps(ENTRY)}\n{json.dumps(ENTRY)}\n{{]\n", "line 3 column 2"),
+    (f"{json.dumps(ENTRY, indent=1)}\n\n]\n", f"line {json.dumps(ENTRY, indent=1).count(chr(10)) + 3} column 1"),
+    ('\n{\n  "dialog": []\n  "metadata": {}\n}', "line 4 column 3"), ("[\n{},\n{]", "line 3 column 2")])
+def test_a_broken_line_is_named_by_its_number(tmp_path, text, place):
     path = tmp_path / "x.jsonl"
-    path.write_text(f"{json.dumps(ENTRY)}\n{json.dumps(ENTRY)}\n{{]\n")
-    with pytest.raises(UsageError, match=r"neither JSON nor one JSON object a line \(.*line 3 column 2"):
+    path.write_text(text)
+    with pytest.raises(UsageError, match=rf"neither JSON nor one JSON object a line \(.*{place} "):
         data.load(str(path), "test")
+
+
+def test_blank_lines_between_objects_do_not_count(tmp_path):
+    path = tmp_path / "x.jsonl"
+    other = changed("metadata", "initial_data_id", value="b")
+    path.write_text("\n \n".join(["", json.dumps(ENTRY), json.dumps(other), ""]))
+    assert [dialogue.id for dialogue in data.load(str(path), "test")] == ["valid_0", "b"]
     with pytest.raises(UsageError, match="nowhere: neither a benchmark .synthetic, locomo, longmemeval, "):
         data.load("nowhere", "test")
 

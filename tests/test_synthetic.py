@@ -314,3 +314,9 @@ def test_conversations_of_other_lengths_have_other_ids():
     short, long = (synthetic.load("test", 2, seed=1, num_turns=n) for n in (20, 100))
     assert short[1].turns[0] != long[1].turns[0]
     assert not {one.id for one in short} & {one.id for one in long}
+
+
+def test_no_question_is_adversarial():
+    assert load("synthetic", "test", adversarial=False, count=1) == load("synthetic", "test", count=1)
+    with pytest.raises(UsageError, match="synthetic has no adversarial questions: only LoCoMo has"):
+        load("synthetic", "test", adversarial=True)
