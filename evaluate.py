@@ -1,7 +1,7 @@
 r"""
 Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
 
-    python evaluate.py        # tiny model, synthetic data, all runs in runs/
+    python evaluate.py        # tiny model, synthetic data, every run of one agent in runs/
     python evaluate.py --manager base runs/manager-grpo \
         --answer base runs/answer-grpo --out runs/2x2.json
     python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \
@@ -20,7 +20,10 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -37,13 +40,13 @@ from support.evaluation import RecordedPolicy, Reranker, agent_name, batches, fi
 from support.export import SUFFIXES, check_export, export_predictions
 from support.held_out import append_banks
 from support.judge import gold_of, make_judge
-from support.run import append_rows, check_distill, to_json_safe
+from support.run import append_rows, check_distill, folder_lock, to_json_safe
 
 # Held-out data of the training scripts: Managers are tested on short synthetic dialogues, Answer Agents on long ones.
 SHORT = {"count": 32, "num_turns": 20, "memories": 4, "named_only": True, "max_answer_tokens": 48}
 LONG = {"count": 8, "num_turns": 100, "memories": 20, "named_only": False, "max_answer_tokens": 200}
 REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
-LONG_LIMIT = 150  # questions about long dialogues if --limit is not given
+LONG_LIMIT = 150  # questions about long dialogues in the default evaluation without --limit
 REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
 REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
 MODELS = {"tiny": {}, "large": REAL_MODEL, "small": REAL_MODEL | {"distill": False, "extract": False}}
@@ -72,7 +75,7 @@ class System:
     system: str  # name in the report
     source: str  # source of the memories: a baseline, "base", "endpoint", or a Manager's folder
     answer: str  # the Answer Agent: "base" or a folder
-    memories: int  # number shown with a question, half of each speaker
+    memories: int  # half are shown from each bank that is searched: both speakers', or the only one
     named_only: bool  # only memories of the speakers that the question names
     max_answer_tokens: int
     turns: str = ""  # checksum of the dialogues
@@ -98,7 +101,7 @@ def make_systems(args, preset: dict, pairs: Sequence[tuple[str, str]], turns: st
 def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
     """
     Tables of systems that answer the same questions: the systems that the flags name, or else the baselines, the base
-    model and all of runs/. In this case an Answer Agent is tested with the base model and the Manager of its training.
+    model and the runs of one agent in runs/, each Answer Agent with the base model and the Manager of its training.
     """
     def table(preset, pairs, limit=args.limit):
         dialogues, turns = select_questions(args, preset, limit)
@@ -117,7 +120,7 @@ def plan_tables(policy, args) -> list[tuple[list[Dialogue], list[System]]]:
         trained_with = agent_name(config.get("manager_adapter") or "base")
         used = ["base", *(source for source in managers if agent_name(source) == trained_with)]
         pairs += [(source, either) for either in ("base", agent) for source in used]
-    return tables + ([table(LONG, pairs, min(LONG_LIMIT, args.limit or LONG_LIMIT))] if pairs else [])
+    return tables + ([table(LONG, pairs, args.limit or LONG_LIMIT)] if pairs else [])
 
 
 def questions_to(system: System, dialogues: Sequence[Dialogue]) -> list[dict]:
@@ -145,6 +148,8 @@ class Evaluator:
     def __init__(self, policy, args, systems: Sequence[System]):
         self.policy, self.args = policy, args
         policy.tokenizer.model_max_length = 1 << 30  # no warning: prompts are cut to --max-prompt-tokens
+        replies = report.beside(args.out, "replies") if args.out else None
+        self.recorded = cache(lambda one: RecordedPolicy(one, replies, max(args.at_once, RECORDED_AT_ONCE)))
         self.embedder = make_embedder(args.embedder, str(policy.device))
         self.reranker = Reranker(args.reranker, policy.device) if args.reranker else None
         options = {"device": args.device, "dtype": args.dtype}
@@ -152,14 +157,11 @@ class Evaluator:
         if self.judge and args.judge != "endpoint":  # the replies of hosted judges have a cache of their own
             self.judge.policy = self.recorded(self.judge.policy)
         self.facts = defaultdict(dict)  # by the name of the model that extracted them
-        self.agents = {agent: load_agent(policy, agent, distill) for system in systems
-                       for agent, distill in ((system.source, None), (system.answer, args.distill))}
+        wanted = {one.source: None for one in systems} | {one.answer: args.distill for one in systems}
+        self.agents = {agent: load_agent(policy, agent, distill) for agent, distill in wanted.items()}
         self.settings = to_json_safe(self.describe(systems))
         self.lines = report.load_previous(args.out, self.settings)
         report.write_results(args, self.lines)
-
-    def recorded(self, policy) -> RecordedPolicy:
-        return RecordedPolicy(policy, report.replies_path(self.args.out), max(self.args.at_once, RECORDED_AT_ONCE))
 
     def describe(self, systems: Sequence[System]) -> dict[str, dict]:
         """{name of a system: everything that its answers depend on}"""
@@ -250,7 +252,7 @@ class Evaluator:
                     "seconds": {"search": search, "answer": reply}, "bank": banks[line["dialogue"]][2],
                     "settings": self.settings[system.system]})
             if self.args.out:
-                append_rows(report.predictions_path(self.args.out), batch)
+                append_rows(report.beside(self.args.out, "predictions"), batch)
             self.lines |= {report.line_key(line): line for line in batch}
 
     def add_verdicts(self, lines: Sequence[dict]) -> None:
@@ -260,25 +262,31 @@ class Evaluator:
             line.pop(report.JUDGE + self.judge.model, None)  # the last judge comes last
             line |= {report.JUDGE + self.judge.model: verdict, f"reason of {self.judge.model}": reason}
 
-    def report_table(self, dialogues: Sequence[Dialogue], systems: Sequence[System]) -> None:
-        """Judge, save and print the answers of a table. If the judge fails, only its column is missing."""
-        lines = [[self.lines[report.line_key(line)] for line in questions_to(system, dialogues)] for system in systems]
+    def report_tables(self, tables: Sequence[tuple]) -> None:
+        """Judge, save, print and export all answers. If the judge fails, only its column is missing."""
+        args, answered = self.args, [
+            (dialogues, [[self.lines[report.line_key(line)] for line in questions_to(system, dialogues)]
+                         for system in systems]) for dialogues, systems in tables]
         try:
-            if self.judge:
-                self.add_verdicts(sum(lines, []))
+            for _, groups in answered if self.judge else []:
+                self.add_verdicts(sum(groups, []))
         finally:
-            report.write_results(self.args, self.lines)
-            rows = [report.make_row(some, self.args.seed) for some in lines]
-            print(report.format_report(f"{self.args.data}, split {self.args.split}", dialogues, rows, self.args.paper))
-        for some in lines if self.args.export else []:
-            print(f"for {self.args.export}: {export_predictions(self.args.export, self.args.out, dialogues, some)}")
+            report.write_results(args, self.lines)
+            for dialogues, groups in answered:
+                rows = [report.make_row(lines, args.seed) for lines in groups]
+                print(report.format_report(f"{args.data}, split {args.split}", dialogues, rows, args.paper))
+                for lines in groups if args.export else []:
+                    print(f"for {args.export}: {export_predictions(args.export, args.out, dialogues, lines)}")
+            print(report.LEGEND)
+            if args.out:
+                print(f"results are in {args.out}, every answer in {report.beside(args.out, 'predictions')}")
 
 
 def parse_counts(text: str) -> list[int]:
     """60,30,10 -> [60, 30, 10]"""
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} must be positive numbers such as 60,30,10")
-    return [int(part) for part in text.split(",")]
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 @dataclass(frozen=True)
@@ -297,7 +305,8 @@ class SharedFlags:
     max_prompt_tokens: int = flag(1024, "longer prompts drop memories", least=1)
     distill: bool = flag(True, "select memories, then answer")
     floor: float | None = flag(None, "lowest similarity of a memory that is shown, 0 to 1 (none)", least=0, most=1)
-    reranker: str | None = flag(None, f"cross-encoder that chooses memories out of {RERANK_FROM} times as many")
+    reranker: str | None = flag(None, f"cross-encoder that chooses the best memories, of whichever bank, out of "
+                               f"{RERANK_FROM} times as many")
 
 
 @dataclass(frozen=True)
@@ -305,8 +314,9 @@ class SystemFlags:
     manager: str | None = flag(None, "Managers: runs, adapters, base, or endpoint ($MANAGER_URL, ...)", nargs="+")
     answer: str | None = flag(None, "Answer Agents: runs, adapters, or base (base)", nargs="+")
     system: str | None = flag(None, f"baselines: {', '.join(BASELINES)}", nargs="+", choices=BASELINES, metavar="NAME")
-    memories: int | None = flag(None, "memories shown, half of each speaker; 60,30 compares several (4; trained "
-                                "Answer Agents 20; real data 60)", type=parse_counts, metavar="N,N")
+    memories: int | None = flag(None, "memories shown: half from each speaker's bank (one bank: only this half); 60,30 "
+                                "compares several (4; trained Answer Agents 20; real data 60)", type=parse_counts,
+                                metavar="N,N")
     named_only: bool | None = flag(None, "search only memories of the speakers that a question names (yes; trained "
                                    "Answer Agents and real data: no)")
     max_answer_tokens: int | None = flag(None, "length of an answer with its selection (48; trained Answer Agents "
@@ -361,14 +371,12 @@ def main(argv=None) -> None:
     tables = plan_tables(policy, args)
     for dialogues, _ in tables if args.export else []:
         check_export(args.export, args.out, args.data, dialogues)
-    evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
-    for table in tables:
-        evaluator.run_missing(*table)
-    for table in tables:
-        evaluator.report_table(*table)
-    print(report.LEGEND)
-    if args.out:
-        print(f"results are in {args.out}, every answer in {report.predictions_path(args.out)}")
+    out = Path(args.out or "")
+    with folder_lock(out.parent, out.name) if args.out else nullcontext():
+        evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
+        for table in tables:
+            evaluator.run_missing(*table)
+        evaluator.report_tables(tables)
 
 
 if __name__ == "__main__":

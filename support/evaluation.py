@@ -81,6 +81,7 @@ class RecordedPolicy:
     A policy for greedy decoding whose replies are appended to a file as soon as `at_once` of them exist, so that a
     stopped evaluation continues without computing or paying for them again. Without a path nothing is written.
     `seconds` records the time of each prompt, now or when it was computed: the time of its batch, divided equally.
+    `saved` sums the seconds that replies from the file took when they were computed.
     """
 
     def __init__(self, policy, path: Path | None, at_once: int):

@@ -56,7 +56,7 @@ def export_predictions(form: str, out: str, dialogues: Sequence[Dialogue], lines
     else:
         found = groups if form == "mem0" else [{"sample_id": name, "qa": items} for name, items in groups.items()]
         content = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
-    system = re.sub(r"\W+", "-", lines[0]["system"]).strip("-")
+    system = re.sub(r"[^\w.]+", "-", lines[0]["system"]).strip("-")
     path = Path(out).with_suffix(f".{system}{SUFFIXES[form]}")
     with disk_errors(path.parent):
         write_file(path, content.encode("utf-8", "replace"))

@@ -49,16 +49,11 @@ def held_out_records(dialogues: Sequence, builds: Sequence, answers: Iterable, m
     return records
 
 
-def banks_path(path: str | Path) -> Path:
-    """runs/x.json -> runs/x.banks.jsonl"""
-    return Path(path).with_suffix(".banks.jsonl")
-
-
 def append_banks(path: str | None, source: str, dialogues: Sequence, builds: Sequence) -> None:
     """Append the banks of a source of memories to FILE.banks.jsonl; nothing without FILE.json."""
     if path:
-        append_rows(banks_path(path), [{"source": source, **turn_records(dialogue, build)}
-                                       for dialogue, build in zip(dialogues, builds, strict=True)])
+        append_rows(report.beside(path, "banks"), [{"source": source, **turn_records(dialogue, build)}
+                                                   for dialogue, build in zip(dialogues, builds, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -88,7 +83,7 @@ def read_run(folder: str, names: Sequence[str] = ()) -> Pair:
 
 def read_evaluation(path: str, names: Sequence[str] = ()) -> Pair:
     """Two systems of FILE.json; by default the first and the last of those that answer the first one's questions."""
-    banks = {(row["source"], row["dialogue"]): row for row in read_rows(banks_path(path))}
+    banks = {(row["source"], row["dialogue"]): row for row in read_rows(report.beside(path, "banks"))}
     systems = defaultdict(dict)
     for line in report.read_predictions(path).values():
         key = (line["settings"]["source"], line["dialogue"])

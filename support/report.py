@@ -44,8 +44,8 @@ Brackets: 95 % bootstrap intervals over questions. bank: memories at the end.
 ADD/UPD/DEL/NOOP: operations of the Manager. agree: turns whose edit equals the
 reference operation. invalid: outputs without a readable answer. cut: prompts
 that dropped memories to fit. All numbers but bank and times are in percent.
-ms: median/95th percentile; each prompt counts with its share of the time of its
-batch, so give --at-once 1 to time single calls. Extracting facts is not timed."""
+ms: median/95th percentile; each prompt counts as its batch's time divided
+equally, so give --at-once 1 to time single calls. Extracting facts is not timed."""
 
 
 @lru_cache(maxsize=1)
@@ -121,7 +121,7 @@ def longmemeval_parts(lines: Sequence[dict], by_category: dict, seed: int) -> di
     if not by_category.keys() <= longmemeval.CATEGORIES.keys():
         return {}
     parts = by_category.values()
-    means = {metric: fmean(part[metric] for part in parts) for metric in METRICS
+    means = {metric: fmean(part[metric] for part in parts) for metric in (*METRICS, "judge")
              if all(part.get(metric) is not None for part in parts)}
     unanswerable = [line for line in lines if line["question"].endswith("_abs")]
     return {"task_averaged": {"n": len(lines), "judge": None, **means},
@@ -191,9 +191,10 @@ def category_table(rows: Sequence[dict]) -> str:
                for number, part in rows[0]["by_category"].items()),
              *((key.replace("_", "-"), "Overall" if key == "overall" else "", str(rows[0][key]["n"]))
                for key in totals)]
-    return format_table([*zip(*heads, strict=True), *(
-        [row["system"], *("/".join(format_score(part, metric, False) for metric in metrics)
-                          for part in (*row["by_category"].values(), *(row[key] for key in totals)))] for row in rows)])
+    parts = [[*row["by_category"].values(), *(row[key] for key in totals)] for row in rows]
+    cells = [[row["system"], *("/".join(format_score(part, metric, False) for metric in metrics) for part in some)]
+             for row, some in zip(rows, parts, strict=True)]
+    return format_table([*zip(*heads, strict=True), *cells])
 
 
 def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dict], with_paper: bool) -> str:
@@ -213,14 +214,9 @@ def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dic
         format_table([["latency", "ms a turn", "ms to search", "ms to answer"], *latency])]) + "\n"
 
 
-def predictions_path(path: str | Path) -> Path:
-    """runs/x.json -> runs/x.predictions.jsonl"""
-    return Path(path).with_suffix(".predictions.jsonl")
-
-
-def replies_path(path: str | Path | None) -> Path | None:
-    """runs/x.json -> runs/x.replies.jsonl"""
-    return path and Path(path).with_suffix(".replies.jsonl")
+def beside(path: str | Path, kind: str) -> Path:
+    """runs/x.json, "banks" -> runs/x.banks.jsonl"""
+    return Path(path).with_suffix(f".{kind}.jsonl")
 
 
 def line_key(line: dict) -> tuple:
@@ -238,10 +234,11 @@ def checksum(parts) -> str:
 
 def read_predictions(path: str | Path) -> dict[tuple, dict]:
     """The lines of FILE.json's predictions, by `line_key`. A line that a kill cut short is skipped."""
+    predictions = beside(path, "predictions")
     try:
-        return {line_key(line): line for line in read_rows(predictions_path(path)) if line["settings"]}
+        return {line_key(line): line for line in read_rows(predictions) if line["settings"]}
     except KeyError:
-        raise UsageError(f"{predictions_path(path)} has lines that are no predictions: choose another file") from None
+        raise UsageError(f"{predictions} has lines that are no predictions: choose another file") from None
 
 
 def write_results(args, lines: dict[tuple, dict]) -> None:
@@ -254,21 +251,22 @@ def write_results(args, lines: dict[tuple, dict]) -> None:
         with disk_errors(Path(args.out).parent):
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             write_file(Path(args.out), json.dumps(to_json_safe(results), indent=1).encode() + b"\n")
-            write_file(predictions_path(args.out), predictions.encode("utf-8", "replace"))
+            write_file(beside(args.out, "predictions"), predictions.encode("utf-8", "replace"))
 
 
 def load_previous(path: str | None, settings: dict[str, dict]) -> dict[tuple, dict]:
     """
     The lines of an earlier evaluation into FILE.json, which this one continues. UsageError if a system has lines with
-    other settings, which include checksums of weights and data.
+    other settings, which include checksums of weights and data, or if other systems have lines about other data.
     """
     if path and Path(path).is_file() and b'"rows": [' not in Path(path).read_bytes():
         raise UsageError(f"{path}: cannot be continued, as it holds no results: choose another --out")
     lines = read_predictions(path) if path else {}
+    shared = {key: next(iter(settings.values()))[key] for key in ("data", "split")}
     for line in lines.values():
-        before, now = line["settings"], settings.get(line["system"], {})
+        before, now = line["settings"], settings.get(line["system"], shared)
         if changed := [f"{key} was {before.get(key)}" for key, value in now.items() if before.get(key) != value]:
-            raise UsageError(f"{predictions_path(path)}: {line['system']!r} was evaluated with other settings "
+            raise UsageError(f"{beside(path, 'predictions')}: {line['system']!r} was evaluated with other settings "
                              f"({', '.join(changed)}): choose another --out, or delete that file")
     return lines
 

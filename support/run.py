@@ -54,8 +54,8 @@ def disk_errors(folder):
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"the run's folder {folder} cannot be written ({reason}): fix this or choose another --out; "
-                         "files that are already written stay") from None
+        raise UsageError(f"the folder {folder} cannot be written ({reason}): fix this or choose another place; files "
+                         "that are already written stay") from None
 
 
 def write_file(path, content: bytes) -> None:
@@ -117,17 +117,17 @@ def warn_once(text):
 
 
 @contextmanager
-def folder_lock(folder: Path):
-    """Keep other processes from training in the folder. The lock ends with this process, however it ends."""
+def folder_lock(folder: Path, file: str = ""):
+    """Keep other processes from training in the folder, or evaluating into its `file`. Ends with this process."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock")  # filelock is installed with torch
+    lock = filelock.FileLock(folder / f"{file}.lock".lstrip("."))  # filelock is installed with torch
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UsageError(f"{folder} is in use by another process: stop it first, or choose another --out") from None
+        raise UsageError(f"{folder / file} is in use by another process: stop it, or choose another --out") from None
     except (OSError, NotImplementedError) as error:  # some file systems have no locks
-        warn_once(f"{folder} cannot be locked ({error}): do not start a second run there")
+        warn_once(f"{folder / file} cannot be locked ({error}): do not start a second run there")
     try:
         yield
     finally:
@@ -168,7 +168,8 @@ def read_config(folder: str | Path) -> dict:
 
 def trained_distill(folder: str | Path, default: bool) -> bool:
     """Whether an Answer Agent was trained with distillation; the default for an adapter without its run."""
-    for place in (Path(folder), *Path(folder).parents[:2 if Path(folder).parent.name == "adapter" else 1]):
+    folder = Path(os.path.abspath(folder))
+    for place in (folder, *folder.parents[:2 if folder.parent.name == "adapter" else 1]):
         with suppress(UsageError):  # adapter/answer is from a joint run
             return read_config(place).get("distill", default)
     return default
@@ -189,12 +190,17 @@ def check_resumed_config(path, settings):
                    if key not in ("resume", "overwrite") and key in old and old[key] != value}
     except (OSError, ValueError, TypeError):
         return  # a first start, or an unreadable file
-    for key in changes:  # the name suffices: a model's folder may have moved
-        if key.split(".")[-1] in FIXED_SETTINGS and Path(str(old[key])).name != Path(str(settings[key])).name:
+    for key in changes:
+        if key.split(".")[-1] in FIXED_SETTINGS and last_name(old[key]) != last_name(settings[key]):
             raise UsageError(f"{path.parent} was started with {key} {old[key]}, not {settings[key]}: resume it with "
                              "that value, or choose another --out")
     if changes:
         warn_once(f"{path.parent} is resumed with other settings: {', '.join(changes.values())}")
+
+
+def last_name(path) -> str:
+    """/models/a -> a, runs/b and runs/b/adapter -> b: the name suffices, as the folder may have moved"""
+    return Path(re.split("/adapter(?:/|$)", str(path))[0]).name
 
 
 class Run:
@@ -300,8 +306,8 @@ class Run:
         with disk_errors(self.folder):
             path.parent.mkdir(exist_ok=True)
             write_file(path, content.getvalue())
-            for other in self.checkpoints() if path != self.intact else []:  # a step saved again replaces itself
-                if other not in (path, self.intact):
+            if path != self.intact:  # saving a step again must keep the older checkpoint
+                for other in {*self.checkpoints()} - {path, self.intact}:
                     other.unlink(missing_ok=True)
         self.intact = path
 

@@ -60,7 +60,7 @@ train_manager --floor 7 => --floor 7.0: must be at most 1
 train_manager --max-prompt-tokens 1 => --max-prompt-tokens 1: must be at least 16
 train_manager --bank oracle --data locomo => --bank oracle needs reference operations
 train_manager --resume --overwrite => --resume continues the run in --out and --overwrite replaces it: give one
-train_manager --out locomo.json => folder locomo.json cannot be written (File exists): fix this or choose another --out
+train_manager --out locomo.json => the folder locomo.json cannot be written (File exists): fix this or choose another
 train_manager --out locomo.json/x => cannot be written (Not a directory)
 train_manager --device abacus => abacus: cannot be loaded
 train_manager --model ./nowhere => nowhere: no config.json there; give a hub id, a model's folder or a .gguf file
@@ -298,7 +298,7 @@ def run_and_fail(script, flags, monkeypatch, capsys):
 
 
 def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "lock" not in path.name}
 
 
 @pytest.mark.parametrize("command, words", TABLE, ids=[command for command, _ in TABLE])

@@ -127,6 +127,7 @@ def test_settings_are_those_of_the_training_scripts():
 def test_without_flags_every_run_in_runs_is_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LONG", {**evaluate.LONG, "count": 1, "num_turns": 8})
     monkeypatch.setattr(evaluate, "SHORT", {**evaluate.SHORT, "count": 1, "num_turns": 8})
+    monkeypatch.setattr(evaluate, "LONG_LIMIT", 3)  # only without --limit
     for name, agent, about in (
             ("manager-grpo", "manager", {"distill": False}), ("seven", "manager", {}),
             ("answer-lone", "answer", {"distill": True}),
@@ -225,7 +226,7 @@ def test_the_whole_output_is_kept_next_to_the_answer():
 
 
 def test_memories_are_swept():
-    found, lines = run("--system", "none", "oracle", "--memories", "8,2", "--limit", "3", "--out", "x.json")
+    found, lines = run("--system", "none", "oracle", "--memories", "8,2,8", "--limit", "3", "--out", "x.json")
     assert [row["system"] for row in found["rows"]] == ["none", "oracle, 8 memories", "oracle, 2 memories"]
     assert [row["memories"] for row in found["rows"]] == [8, 8, 2] and len(lines) == 9
 

@@ -1,6 +1,7 @@
 """Stopped evaluations, files that cannot be continued, and judges and Managers that are hosted or fail."""
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from data import UsageError
 from policy import Policy
 from support import judge as judge_module
 from support import report
-from support.run import read_rows
+from support.run import folder_lock, read_rows
 
 TWO = ("--system", "rag", "oracle", "--limit", "14", "--at-once", "4", "--out")
 
@@ -23,7 +24,7 @@ def whole(tmp_path_factory):
     """FILE.json and FILE.predictions.jsonl of an evaluation that was not stopped."""
     path = tmp_path_factory.mktemp("whole") / "whole.json"
     run(*TWO, path)
-    return path.read_text(), report.predictions_path(path).read_bytes()
+    return path.read_text(), report.beside(path, "predictions").read_bytes()
 
 
 @pytest.mark.parametrize("share", [0, 0.03, 0.3, 0.77, 0.999])
@@ -75,6 +76,17 @@ def test_systems_reported_before_stay_in_the_report():
         run("--system", "none", "--limit", "2", "--seed", "2", "--out", "x.json")
     found, _ = run("--system", "oracle", "--limit", "2", "--seed", "2", "--out", "x.json")
     assert [(row["system"], row["seed"]) for row in found["rows"]] == [("rag", 1), ("none", 1), ("oracle", 2)]
+    with pytest.raises(UsageError, match=r"'rag' was evaluated with other settings \(split was test\)"):
+        run("--system", "add-all", "--limit", "2", "--split", "val", "--out", "x.json")
+
+
+def test_a_second_evaluation_into_the_same_file_is_refused():
+    before, _ = rag()
+    with folder_lock(Path.cwd(), "x.json"), pytest.raises(UsageError, match="x.json is in use by another process"):
+        run("--system", "none", "--limit", "2", "--out", "x.json")
+    assert [row["system"] for row in read("x.json")[0]["rows"]] == ["rag"]
+    with folder_lock(Path.cwd(), "y.json"), folder_lock(Path.cwd()):
+        assert rag()[0]["rows"] == before["rows"]
 
 
 # ------------------------------------------------------------------------------------------------ refused
@@ -170,6 +182,21 @@ def test_a_judge_that_fails_loses_its_column_only(monkeypatch, capsys):
     assert found["rows"][0]["overall"]["judge"] == np.mean([line["judge judge"] for line in lines])
     assert [line["judge judge"] for line in lines] == [float(line["prediction"] == line["gold"]) for line in lines]
     assert [line["reason of judge"] for line in lines] == [f"{line['prediction']} or {line['gold']}" for line in lines]
+
+
+def test_a_judge_that_fails_does_not_stop_other_tables_and_exports(monkeypatch, capsys):
+    def two_tables(policy, args):
+        [(dialogues, [system])] = plan_tables(policy, args)
+        return [(dialogues, [replace(system, system=name)]) for name in ("m.1", "m-1")]
+
+    plan_tables = evaluate.plan_tables
+    monkeypatch.setattr(evaluate, "plan_tables", two_tables)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *_, **options: Judge(is_available=False))
+    with pytest.raises(UsageError, match="http://judge"):
+        rag("--judge", "endpoint", "--export", "mem0")
+    shown = capsys.readouterr().out
+    assert [shown.count(text) for text in ("\nm.1 ", "\nm-1 ", "questions about", "EM: ")] == [4, 4, 2, 1]
+    assert Path("x.m.1.mem0.json").read_text() == Path("x.m-1.mem0.json").read_text() != ""
 
 
 def test_every_judge_has_a_column(monkeypatch, capsys):

@@ -87,6 +87,9 @@ def test_a_row_by_hand():
     part = report.summarize(marked, 0)
     assert (part["judge a"], part["judge b"], part["judge"], part["interval"]["judge"]) == (0, 1, 1, [1, 1])
     assert report.summarize(marked[:3] + lines[3:], 0)["judge"] is None
+    typed = [one | {"category": 11 + one["category"] // 4, "judge b": one["em"]} for one in marked]
+    whole = report.make_row(typed, 0)["task_averaged"]  # the mean of 1 and 2/3
+    assert whole["judge"] == whole["em"] == pytest.approx(5 / 6) and whole["n"] == 4
 
 
 def test_the_numbers_of_the_paper_agree_with_their_overall():
@@ -122,7 +125,7 @@ def write_result(name, ems, system="s", **more):
     lines = [{"system": system, "dialogue": "d", "question": str(i), "text": "?", "gold": "x", "em": em, "f1": em / 10,
               "bleu1": em / 10, "category": 4 + i % 2, "settings": {"system": system}, **more}
              for i, em in enumerate(ems)]
-    report.predictions_path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.beside(name, "predictions").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_compare_by_hand(capsys):

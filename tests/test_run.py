@@ -47,7 +47,7 @@ def test_config_and_an_existing_run(tmp_path):
     Run(run.folder, CONFIG, overwrite=True)
     assert {path.name for path in run.folder.iterdir()} == {"config.json", "mine.txt"}
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="file/x cannot be written .Not a directory"):
+    with pytest.raises(UsageError, match="folder .*file/x cannot be written .Not a directory"):
         Run(tmp_path / "file" / "x", CONFIG)
 
 
@@ -116,13 +116,17 @@ def test_resuming_warns_about_another_number_of_processes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key, value", [("agent", "answer"), ("algo", "ppo"), ("model", "other"), ("rank", 8),
-                                        ("alpha", 16.0), ("manager.alpha", 16.0)])
+                                        ("alpha", 16.0), ("manager.alpha", 16.0), ("init_adapter", "runs/b/adapter"),
+                                        ("answer.init_adapter", "j2/adapter/answer")])
 def test_resuming_refuses_another_agent_algorithm_or_adapter(tmp_path, key, value):
     settings = CONFIG | {"agent": "manager", "algo": "grpo", "model": "/models/tiny", "rank": 16, "alpha": 32.0,
-                         "manager.alpha": 32.0}
+                         "manager.alpha": 32.0, "init_adapter": "runs/a/adapter",
+                         "answer.init_adapter": "runs/j/adapter/answer"}
     run = Run(tmp_path, settings)
     save(run, 1)
-    Run(tmp_path, settings | {"model": "/elsewhere/tiny"}, resume=True)  # the model's folder may move
+    moved = {"model": "/elsewhere/tiny", "init_adapter": "/a/"}  # the name of a model or a run suffices
+    Run(tmp_path, settings | moved, resume=True)
+    Run(tmp_path, settings, resume=True)
     with pytest.raises(UsageError, match=f"was started with {key} "):
         Run(tmp_path, settings | {key: value}, resume=True)
     with pytest.raises(UsageError, match="has 9 steps already: resume it with --steps 9 or more"):
@@ -133,12 +137,16 @@ def test_resuming_refuses_another_agent_algorithm_or_adapter(tmp_path, key, valu
 @pytest.mark.parametrize("adapter, config, is_refused", [
     ("run", "run", True), ("run/adapter", "run", True), ("run/adapter/answer", "run", True),
     ("run/adapter", ".", False), ("lone/answer", ".", False), ("run/adapter/answer", ".", False)])
-def test_an_answer_agent_of_the_other_prompt_is_refused(tmp_path, adapter, config, is_refused):
+def test_an_answer_agent_of_the_other_prompt_is_refused(tmp_path, monkeypatch, adapter, config, is_refused):
     Run(tmp_path / config, {"agent": "joint", "algo": "grpo", "distill": False})
     with pytest.raises(UsageError, match="was trained without dist") if is_refused else contextlib.nullcontext():
         check_distill(tmp_path / adapter, True)
     check_distill(tmp_path / adapter, False)
     check_distill(tmp_path / adapter, None)
+    (tmp_path / adapter).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / adapter)
+    with pytest.raises(UsageError, match="was trained without dist") if is_refused else contextlib.nullcontext():
+        check_distill(".", True)
 
 
 def test_resuming_without_a_checkpoint_starts_again(tmp_path):
