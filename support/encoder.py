@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from data import UsageError
+from support.run import warn_once
 
 # hidden (batch, T, dim), mask (batch, T, 1) with 0 = padding, which is on the right -> (batch, dim)
 POOLINGS = {"mean": lambda hidden, mask: (hidden * mask).sum(dim=1) / mask.sum(dim=1),
@@ -21,10 +23,14 @@ POOLINGS = {"mean": lambda hidden, mask: (hidden * mask).sum(dim=1) / mask.sum(d
 
 
 def encoder_json(name, file):
-    """Return the content of a JSON file next to an encoder (hub id or folder), {} if there is none."""
+    """Return the content of a JSON file next to an encoder (hub id or folder), {} if there is none, or none offline."""
     try:
         path = cached_file(name, file)
-    except OSError:
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            warn_once(f"{name}: {file} is not cached and cannot be fetched; if it exists, vectors differ without it")
+        elif error.__cause__:  # such as an error of the server
+            raise
         return {}
     with open(path, encoding="utf-8") as content:
         return json.load(content)
@@ -34,9 +40,9 @@ def read_pooling(name):
     """The keys of POOLINGS that 1_Pooling/config.json names; ["mean"] without it. ValueError if not supported."""
     modules = {module["type"].rpartition(".")[2]: module.get("path") for module in encoder_json(name, "modules.json")}
     config = encoder_json(name, f"{modules.get('Pooling') or '1_Pooling'}/config.json")
-    modes = np.atleast_1d(config.get("pooling_mode", [])).tolist()  # older files have a flag for each mode
-    modes += [key.removeprefix("pooling_mode_") for key, is_set in config.items() if is_set is True and "_mode_" in key]
-    modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes] or ["mean"]
+    flags = np.atleast_1d(config.get("pooling_mode", [])).tolist()  # older files have a flag for each mode
+    flags += [key.removeprefix("pooling_mode_") for key, is_set in config.items() if is_set is True and "_mode_" in key]
+    modes = [flag.removesuffix("_tokens").removesuffix("_token") for flag in flags] or ["mean"]
     if unknown := {*modules} - {"Transformer", "Pooling", "Normalize"} | {*modes} - {*POOLINGS}:
         raise ValueError(f"it needs {min(unknown)}, which is not supported")
     if config.get("include_prompt") is False:
@@ -60,11 +66,11 @@ class Encoder:
             self.model = self.model.float().to(device).eval().requires_grad_(False)
             self.poolings = [POOLINGS[mode] for mode in read_pooling(name)]
             saved = encoder_json(name, "config_sentence_transformers.json")
-            prompts = {name: text or "" for name, text in (saved.get("prompts") or {}).items()}
+            prompts = {kind: text or "" for kind, text in (saved.get("prompts") or {}).items()}
             default = prompts.get(saved.get("default_prompt_name"), "")
             self.query_prompt = prompts.get("query", default)
-            names = [key for key in ("document", "passage", "corpus") if key in prompts]
-            self.text_prompt = prompts[names[0]] if names else default
+            kinds = [kind for kind in ("document", "passage", "corpus") if kind in prompts]
+            self.text_prompt = prompts[kinds[0]] if kinds else default
             positions = getattr(self.model.config, "max_position_embeddings", 256)
             self.max_tokens = min(256, positions, self.tokenizer.model_max_length)
             self.dim = self.encode(["a word"]).shape[1]

@@ -12,7 +12,7 @@ import memory
 from data import Dialogue, Turn, UsageError
 from manager import turn_banks
 from memory import MemoryBank, make_embedder, word_features
-from support.encoder import Encoder
+from support.encoder import POOLINGS, Encoder
 
 
 def test_idf_by_hand():
@@ -184,6 +184,25 @@ def test_files_that_ask_for_more_are_refused_in_one_line(tmp_path, files, reason
     with pytest.raises(UsageError, match=reason) as error:
         make_embedder(save_encoder(tmp_path, **files))
     assert "cannot be loaded as an encoder" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_missing_offline_are_named_and_errors_of_the_hub_shown(tmp_path, monkeypatch, capsys):
+    snapshot = tmp_path / "models--ann--bert" / "snapshots" / ("0" * 40)
+    for path, content in ((snapshot.parents[1] / "refs/main", "0" * 40), (snapshot / "modules.json", "[]")):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    save_encoder(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Encoder("ann/bert").poolings == [POOLINGS["mean"]]
+    notes = capsys.readouterr().err
+    assert "ann/bert: 1_Pooling/config.json is not cached" in notes and "modules.json" not in notes
+
+    def refuse(*_):
+        raise OSError("HTTP 503") from ConnectionError()
+    monkeypatch.setattr("support.encoder.cached_file", refuse)
+    with pytest.raises(UsageError, match="cannot be loaded as an encoder .OSError: HTTP 503"):
+        Encoder("ann/bert")
 
 
 def test_hash_and_encoder_is_the_weighted_mean_of_both_scores(encoder_folder):
