@@ -2,7 +2,7 @@
 Language models behind an OpenAI-compatible server, through the `openai` package (optional: pip install openai).
 
     endpoint = Endpoint.from_environment("MANAGER", cache="~/.cache/memory-r1/teacher.jsonl")
-    endpoint.complete([[{"role": "user", "content": "Hi"}]])        # ["Hello!"]
+    endpoint.read_replies([[{"role": "user", "content": "Hi"}]], 512)  # [("Hello!", True)]
 """
 import hashlib
 import json
@@ -23,11 +23,11 @@ from support.distributed import rank0_result
 from support.run import append_rows, read_rows
 from support.text import normalize_whitespace
 
-UNFINISHED = ("length", "max_tokens", "model_length", "content_filter", "abort", "aborted", "cancelled", "incomplete",
-              "insufficient_system_resource")  # finish reasons of replies that are not complete
+UNFINISHED = ("length", "max_tokens", "model_length", "content_filter", "incomplete")  # finish reasons, again the same
+FAILED = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")  # another request may succeed
 TOO_LARGE = re.compile(r"(?i)too (large|big|high|long|many)|at most|maximum|exceed|limit|reduce|<=|between|range|"
                        r"(less|larger|greater|more) than")
-CHAT_TOO_LONG = re.compile(r"(?i)prompt|input tokens|messages")  # the chat leaves no room, for others there may be
+CHAT_TOO_LONG = re.compile(r"(?i)prompt|input tokens|messages")  # the limit depends on this chat, others keep theirs
 URL = re.compile(r"(?ai)https?://([\w-]+(\.[\w-]+)*|\[[\da-f:]+\])(:\d{1,5})?(/[^\s?#@]*)?")
 
 
@@ -63,7 +63,7 @@ class Endpoint:
                                     **{"timeout": 60, "max_retries": 5, **client_options})
         self.headers = {"Authorization": f"Bearer {key}" if key else openai.omit}  # never the client's default key
         self.refused: set[str] = set()  # parameters that the model does not accept
-        self.limit, self.worked = inf, 0  # max_tokens: above `limit` it is too large, `worked` has been accepted
+        self.limit, self.worked = inf, 0  # max_tokens: more than `limit` was refused; the most that was accepted
         self.cache, self.cache_lock = Path(cache).expanduser() if cache else None, Lock()
         try:
             if cache:
@@ -84,12 +84,8 @@ class Endpoint:
         key = get(f"{env_prefix}_API_KEY", get("OPENAI_API_KEY", ""))
         return cls(url.strip(), model.strip(), key.strip(), env_prefix, **options)
 
-    def complete(self, chats, max_new_tokens: int = 512) -> list[str]:
-        """One reply per chat, in order; "" if it was cut off or empty. An error cancels unsent chats."""
-        return [text if is_finished else "" for text, is_finished in self.read_replies(chats, max_new_tokens)]
-
     def read_replies(self, chats, max_new_tokens: int) -> list[tuple[str, bool]]:
-        """(text, whether it is finished) for each chat. Only finished replies are cached."""
+        """(text, whether it is finished) of each chat. Finished replies are cached. An error cancels unsent chats."""
         keys = [hashlib.sha256(json.dumps([self.name, max_new_tokens, chat]).encode()).hexdigest() for chat in chats]
         missing = {key: chat for key, chat in zip(keys, chats, strict=True) if not self.replies.get(key)}
 
@@ -151,7 +147,9 @@ class Endpoint:
             raise self.usage_error(f"HTTP 200 {response.text or 'without a body'}") from None
         if reason in UNFINISHED:
             return text if isinstance(text, str) else "", False
-        if reason == "error" or not isinstance(text, str) or (reasoning and not text.strip()):
+        if reason in FAILED:
+            raise self.usage_error(f"HTTP 200 {reason}: {words_of(problem or response.text)}")
+        if not isinstance(text, str) or (reasoning and not text.strip()):
             raise self.usage_error(f"no content, only reasoning: {reasoning}" if reasoning
                                    else f"HTTP 200 {words_of(problem or response.text)}")
         return text, bool(text.strip())

@@ -115,6 +115,13 @@ def load(model_folders):
     return load
 
 
+class Client(Endpoint):
+    """An endpoint with a method for chats in, texts out: "" if a reply was cut off or empty."""
+
+    def complete(self, chats, max_new_tokens=512):
+        return [text if is_finished else "" for text, is_finished in self.read_replies(chats, max_new_tokens)]
+
+
 class Backlog(ThreadingHTTPServer):
     request_queue_size = 64  # with the default of 5, some of 8 concurrent requests would wait for a second
 
@@ -152,7 +159,7 @@ class Server:
         handler.wfile.write(content)
 
     def endpoint(self, **options):
-        return Endpoint(self.url, "judge-1", **{"timeout": 5, "key": self.key, **options})
+        return Client(self.url, "judge-1", **{"timeout": 5, "key": self.key, **options})
 
 
 def headers_of(handler):

@@ -9,9 +9,9 @@ import time
 from functools import partial
 
 import pytest
+from conftest import Client
 
 from data import UsageError
-from support.endpoint import Endpoint
 
 KEY = "sk-very-secret-123"
 
@@ -58,7 +58,7 @@ def test_a_request(serve):
 def test_the_full_address_of_a_request_works_too(serve):
     server = serve()
     for end in ("/", "/chat/completions", "/chat/completions/"):
-        assert Endpoint(server.url + end, "judge-1").complete([CHATS[0]]) == ["question 0"]
+        assert Client(server.url + end, "judge-1").complete([CHATS[0]]) == ["question 0"]
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
 
 
@@ -106,7 +106,7 @@ def test_no_server_there(serve):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(UsageError) as caught:
-        Endpoint(url, "judge-1", KEY, max_retries=1).complete(CHATS)
+        Client(url, "judge-1", KEY, max_retries=1).complete(CHATS)
     text = str(caught.value)
     assert url in text and "refused" in text and "JUDGE_URL" in text and KEY not in text and "\n" not in text
     assert not server.requests
@@ -191,7 +191,7 @@ def test_no_reply_is_paid_for_twice(serve, cache):
     assert server.endpoint(key="another", cache=cache).complete(CHATS[:2]) == TEXTS[:2]
     assert len(server.requests) == 2 and KEY not in cache.read_text()
     assert endpoint.complete(CHATS[:1], 99) == TEXTS[:1] and len(server.requests) == 3, "other limits, other replies"
-    other = Endpoint(server.url, "judge-2", cache=cache)
+    other = Client(server.url, "judge-2", cache=cache)
     assert other.complete(CHATS[:1]) == TEXTS[:1] and len(server.requests) == 4
     assert len(stored(cache)) == 4
     without = server.endpoint()
@@ -263,9 +263,9 @@ def test_without_a_key_none_is_sent(serve, monkeypatch):
     monkeypatch.setenv("JUDGE_URL", server.url)
     monkeypatch.setenv("JUDGE_MODEL", "small")
     monkeypatch.setenv("JUDGE_API_KEY", "")
-    assert Endpoint.from_environment().complete(CHATS[:1]) == TEXTS[:1]
+    assert Client.from_environment().complete(CHATS[:1]) == TEXTS[:1]
     monkeypatch.setenv("JUDGE_API_KEY", "own\n")
-    assert Endpoint.from_environment().complete(CHATS[:1]) == TEXTS[:1]
+    assert Client.from_environment().complete(CHATS[:1]) == TEXTS[:1]
     first, second = server.requests
     assert "Authorization" not in first["headers"] and "sk-private" not in str(server.requests)
     assert second["headers"]["Authorization"] == "Bearer own"
@@ -288,14 +288,14 @@ def test_a_redirect_to_another_server_gets_no_key(serve, status):
     "http://ann:p/ss@host/v1", "http://ann:pass@host/v1", "http://host/v1?key=v3cret"])
 def test_a_malformed_address_is_not_shown(url):
     with pytest.raises(UsageError, match="^check JUDGE_URL, .* must look like http://localhost:8000/v1") as caught:
-        Endpoint(url, "judge-1")
+        Client(url, "judge-1")
     assert not any(word in str(caught.value) for word in ("ann", "passwd", "v3cret"))
 
 
 @pytest.mark.parametrize("key", ["two\nlines-of-secret", "sécret-€"])
 def test_a_key_that_no_header_holds(key):
     with pytest.raises(UsageError, match="check JUDGE_URL, JUDGE_MODEL and JUDGE_API_KEY.*printable ASCII") as caught:
-        Endpoint("http://localhost/v1", "judge-1", key)
+        Client("http://localhost/v1", "judge-1", key)
     assert "secret" not in str(caught.value) and "€" not in str(caught.value)
 
 
@@ -304,7 +304,7 @@ def test_the_environment(serve, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def found(**options):
-        endpoint = Endpoint.from_environment(**options)
+        endpoint = Client.from_environment(**options)
         return endpoint.url, endpoint.name, endpoint.key
 
     with pytest.raises(UsageError, match=r"JUDGE_URL \(or OPENAI_BASE_URL\) and JUDGE_MODEL, and JUDGE_API_KEY"):
@@ -329,7 +329,7 @@ def test_the_environment(serve, monkeypatch):
 def test_without_the_client_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UsageError, match="^a hosted model needs the openai package: pip install openai$"):
-        Endpoint("http://localhost:8000/v1", "judge-1")
+        Client("http://localhost:8000/v1", "judge-1")
 
 
 def test_a_hosted_model_as_a_policy(serve, cache):

@@ -36,7 +36,7 @@ def cache(tmp_path):
     (b'{"error": {"message": "The model is\\noverloaded", "code": 503}}', "overloaded"),
     (b'{"object": "error", "message": "CUDA out of memory", "choices": null}', "CUDA out of memory"),
     (json.dumps({"id": "1" * 300, "choices": [{"finish_reason": "error", "error": {"message": "upstream is down"},
-                                               "message": {"content": ""}}]}).encode(), "HTTP 200 upstream is down")])
+                                               "message": {"content": ""}}]}).encode(), "200 error: upstream is down")])
 def test_a_success_without_a_completion_is_an_error_with_its_words(serve, cache, body, words, content_type):
     server = serve((200, {"Content-Type": content_type}, body))
     endpoint = server.endpoint(parallel=1, cache=cache)
@@ -69,8 +69,7 @@ def test_a_reply_in_parts_is_its_text_whatever_names_its_end(serve, cache, reaso
     assert server.endpoint(cache=cache).complete([CHATS[0]]) == ["Hi."] and stored(cache) == ["Hi."]
 
 
-@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "model_length", "abort",
-                                    "insufficient_system_resource"])
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "model_length", "incomplete"])
 @pytest.mark.parametrize("content", ["question", None, ""])
 def test_a_reply_that_was_cut_off_is_no_reply(serve, cache, reason, content):
     server = serve(*[(200, {}, completion_of(content, reason))] * 2)
@@ -79,6 +78,15 @@ def test_a_reply_that_was_cut_off_is_no_reply(serve, cache, reason, content):
     [[cut]] = endpoint.sample([endpoint.encode(CHATS[0])])
     assert (cut.text, cut.finished) == (content or "", False), "its text is there to be read, as of a local model"
     assert endpoint.complete([CHATS[0]]) == ["question 0"] and len(server.requests) == 3
+
+
+@pytest.mark.parametrize("reason", ["abort", "Aborted", "cancelled", "insufficient_system_resource"])
+@pytest.mark.parametrize("content", ["question", None, ""])
+def test_a_reply_that_the_server_gave_up_is_an_error(serve, cache, reason, content):
+    endpoint = serve((200, {}, completion_of(content, reason))).endpoint(cache=cache)
+    with pytest.raises(UsageError, match=rf"no reply from .*HTTP 200 {reason.lower()}: "):
+        endpoint.complete([CHATS[0]])
+    assert not cache.exists() and endpoint.complete([CHATS[0]]) == ["question 0"]
 
 
 def refusal(name):
