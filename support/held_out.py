@@ -14,8 +14,6 @@ from support.run import append_rows, read_config, read_rows
 AGENTS = {"manager": "Memory Manager", "answer": "Answer Agent"}
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
 def turn_records(dialogue, build) -> dict:
     """
     A conversation with the edits of each turn, None if the output was invalid. `build`: a manager.BankBuild. UPDATE and
@@ -55,8 +53,6 @@ def append_banks(path: str | None, source: str, dialogues: Sequence, builds: Seq
         append_rows(report.beside(path, "banks"), [{"source": source, **turn_records(dialogue, build)}
                                                    for dialogue, build in zip(dialogues, builds, strict=True)])
 
-
-# ------------------------------------------------------------------------------------------------ reading
 
 @dataclass(frozen=True)
 class Pair:

@@ -179,8 +179,6 @@ class Loop:
         return sum(int(moments["step"]) for moments in self.optimizer.state.values())  # rises if any agent is updated
 
 
-# ------------------------------------------------------------------------------------------------ helpers of one step
-
 class Update(NamedTuple):
     """The result of `optimizer_step`."""
     norm: float  # norm of the gradient before clipping

@@ -13,12 +13,12 @@ import numpy as np
 
 from data import UsageError
 from support.cli import Parser, exit_cleanly
+from support.held_out import AGENTS
 from support.report import OPERATIONS
 from support.run import disk_errors, read_config, read_rows, warn_once
 
 BLUE, SKY, VERMILION, GREY = "#0072B2", "#56B4E9", "#D55E00", "#DDDDDD"
 STYLES = {"grpo": (BLUE, "-"), "ppo": (VERMILION, "--"), "sft": ("#000000", ":"), "joint": ("#009E73", "-.")}
-TITLES = {"manager": "Memory Manager", "answer": "Answer Agent"}
 PANELS = {"reward": "reward", "loss": "loss\n(nats per token)", "kl": "KL to reference\n(nats per token)",
           "ops": "operations\n(fraction)", "bank_size": "bank size\n(memories)"}
 ABOVE = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 4, "frameon": False, "borderaxespad": 0}
@@ -75,7 +75,7 @@ def plot_agent(axes, run: dict, panels: Sequence[str]) -> None:
     if held_out and panels[0] == "reward":
         axes[0].plot(column(held_out, "step"), column(held_out, "em"), "kD", clip_on=False, label="held-out EM")
     axes[0].legend(**ABOVE)
-    axes[0].set_title(TITLES[run["agent"]], loc="left")
+    axes[0].set_title(AGENTS[run["agent"]], loc="left")
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
 
@@ -129,16 +129,19 @@ def plot_runs(runs: Sequence[dict], path: str | Path) -> None:
     """Reward over steps and over seconds: thin curves are smoothed runs, thick ones the mean of an algorithm's runs."""
     runs = [run for run in runs if any(row.get("reward") is not None for row in run["steps"])]
     agents = sorted({run["agent"] for run in runs}, reverse=True)
+    if not runs:
+        print("no figure: no run has a reward")
     figure = new_figure(path, 8, 2.8 * len(agents)) if runs else None
     if figure is None:
         return
     for axes, agent in zip(figure.subplots(len(agents), 2, sharey="row", squeeze=False), agents, strict=True):
         for ax, unit in zip(axes, ("step", "seconds"), strict=True):
             draw_rewards(ax, [run for run in runs if run["agent"] == agent], unit)
-        axes[0].set_ylabel(f"reward, {TITLES[agent]}")
+        axes[0].set_ylabel(f"reward, {AGENTS[agent]}")
         axes[0].set_ylim(bottom=0)
         axes[0].legend(frameon=False, loc="lower right")
     save_figure(figure, path)
+    print(f"figure: {path}")
 
 
 def draw_rewards(ax, runs: Sequence[dict], unit: str) -> None:

@@ -60,8 +60,6 @@ def table(heads: Sequence[str], rows: Sequence[Element], **attributes) -> Elemen
                **attributes)
 
 
-# ------------------------------------------------------------------------------------------------ turns and banks
-
 def change_item(change: dict) -> Element:
     """One edit: its name, the id of its memory, the old text struck out, the new text."""
     texts = [tag(name, text) for name, text in (("del", change["old"]), ("ins", change["text"])) if text]
@@ -127,8 +125,6 @@ def controls(num_turns: int) -> Element:
                id="steps", aria_label="turns of the conversation", hidden="")
 
 
-# ------------------------------------------------------------------------------------------------ questions and scores
-
 def answer_cell(system: str, question: dict, bank: dict[int, dict], quotes_all: bool) -> Element:
     """An answer, whether it is right, the raw output if it was invalid, and the retrieved memories."""
     is_right, found = question["em"] == 1, held_out.memories_of(question, bank)
@@ -172,8 +168,6 @@ def summary(pair: Pair, dialogue: str, banks: dict[str, dict]) -> Element:
         rows.append(tag("tr", tag("th", system, scope="row"), *(tag("td", cell) for cell in cells)))
     return table(("", "right here", "memories", "EM", "F1"), rows, id="summary")
 
-
-# ------------------------------------------------------------------------------------------------ the page
 
 def page_body(pair: Pair, dialogue: str, note: str) -> Element:
     records = {system: own[dialogue] for system, own in pair.systems.items()}

@@ -93,7 +93,12 @@ def test_the_command(two_runs, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     plots.main(["a", "b"])
     assert capsys.readouterr().out.startswith("| run | em | bank_size |")
+    write_run(Path("sft"), [{"step": 1, "loss": 1.0, "seconds": 6}], algo="sft")
+    plots.main(["sft", "--out", "sft.png"])
+    assert capsys.readouterr().out.endswith("\nno figure: no run has a reward\n") and not Path("sft.png").exists()
     pytest.importorskip("matplotlib")
+    plots.main(["a", "sft"])
+    assert capsys.readouterr().out.endswith("\nfigure: curves.png\n")
     assert Path("curves.png").read_bytes().startswith(PNG)
     with pytest.raises(UsageError, match="ends in .png, .pdf or .svg"):
         plots.main(["a", "--out", "c.foo"])
