@@ -371,8 +371,7 @@ def main(argv=None) -> None:
     tables = plan_tables(policy, args)
     for dialogues, _ in tables if args.export else []:
         check_export(args.export, args.out, args.data, dialogues)
-    out = Path(args.out or "")
-    with folder_lock(out.parent, out.name) if args.out else nullcontext():
+    with folder_lock(Path(args.out).parent, Path(args.out).name) if args.out else nullcontext():
         evaluator = Evaluator(policy, args, [system for _, systems in tables for system in systems])
         for table in tables:
             evaluator.run_missing(*table)

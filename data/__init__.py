@@ -36,8 +36,6 @@ def load(name: str, split: str, adversarial: bool = False, **options) -> list[Di
                              'of LongMemEval, nor the "previous_dialogs" of MSC, nor the "turns" or "text" of a '
                              'transcript')
         loader, options = module.load, options | {"path": name, "entries": entries}
-    if loader is locomo.load:
-        options["adversarial"] = adversarial
-    elif adversarial:
+    if adversarial and loader is not locomo.load:
         raise UsageError(f"--data {name} has no adversarial questions: only LoCoMo has")
-    return loader(split, **options)
+    return loader(split, **options, **({"adversarial": True} if adversarial else {}))

@@ -66,11 +66,10 @@ class Encoder:
             self.model = self.model.float().to(device).eval().requires_grad_(False)
             self.poolings = [POOLINGS[mode] for mode in read_pooling(name)]
             saved = encoder_json(name, "config_sentence_transformers.json")
-            prompts = {kind: text or "" for kind, text in (saved.get("prompts") or {}).items()}
-            default = prompts.get(saved.get("default_prompt_name"), "")
-            self.query_prompt = prompts.get("query", default)
-            kinds = [kind for kind in ("document", "passage", "corpus") if kind in prompts]
-            self.text_prompt = prompts[kinds[0]] if kinds else default
+            texts = {kind: text or "" for kind, text in (saved.get("prompts") or {}).items()}
+            default = texts.get(saved.get("default_prompt_name"), "")
+            self.query_prompt = texts.get("query", default)
+            self.text_prompt = next((texts[key] for key in ("document", "passage", "corpus") if key in texts), default)
             positions = getattr(self.model.config, "max_position_embeddings", 256)
             self.max_tokens = min(256, positions, self.tokenizer.model_max_length)
             self.dim = self.encode(["a word"]).shape[1]
