@@ -36,7 +36,16 @@ from policy import Policy
 from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, model_size, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import RecordedPolicy, Reranker, agent_name, batches, find_runs, select_questions, weights_of
+from support.evaluation import (
+    RecordedPolicy,
+    Reranker,
+    agent_name,
+    batches,
+    find_runs,
+    keep_freed_memory,
+    select_questions,
+    weights_of,
+)
 from support.export import SUFFIXES, check_export, export_predictions
 from support.held_out import append_banks
 from support.judge import gold_of, make_judge
@@ -367,6 +376,7 @@ def main(argv=None) -> None:
     seed_everything(args.seed)
     if args.compare:
         return print(report.compare(*args.compare, args.seed))
+    keep_freed_memory()
     policy = Policy.load(args.model, args.device, args.dtype)
     tables = plan_tables(policy, args)
     for dialogues, _ in tables if args.export else []:

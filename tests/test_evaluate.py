@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -309,3 +310,22 @@ def test_the_papers_numbers_are_those_of_the_test_split(capsys):
 def a_locomo_file(in_an_empty_folder):  # noqa: F811
     from test_locomo import ENTRY
     Path("locomo.json").write_text(json.dumps([ENTRY]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt of glibc")
+def test_freed_memory_is_reused():
+    code = """if True:
+        import resource
+        import torch
+        from support.evaluation import keep_freed_memory
+        def page_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(2**24)  # 64 MiB
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        before = page_faults()
+        keep_freed_memory()
+        print(before, page_faults())"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = map(int, found.split())
+    assert after < before / 5
