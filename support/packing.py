@@ -20,7 +20,7 @@ import torch
 from support.distributed import world_size
 
 MAX_FRACTION = 0.7  # fraction of the free memory; the estimates leave out attention masks, logits, and fragments
-MAX_CPU_BYTES = 2**32  # memory of one batch: on a CPU larger ones are no faster
+MAX_CPU_BYTES = 3 * 2**30  # memory of one batch: on a CPU larger ones are no faster
 
 
 class PackedBatch(NamedTuple):

@@ -177,11 +177,11 @@ def test_batches_on_a_cpu_shrink_with_the_free_memory(load, monkeypatch, free, t
     assert (packing.max_train_tokens(policy), packing.max_sampling_tokens(policy)) == (training, sampling)
 
 
-def test_a_batch_on_a_cpu_takes_4_gib_at_most(load, monkeypatch):
+def test_a_batch_on_a_cpu_takes_3_gib_at_most(load, monkeypatch):
     policy = load("llama")
     monkeypatch.setattr(packing, "free_memory", lambda device: 10**15)
     monkeypatch.setattr(packing, "train_token_bytes", lambda policy: 2**22)
-    assert packing.max_train_tokens(policy) == 2**10
+    assert packing.max_train_tokens(policy) == 768  # 3 * 2**30 / 2**22
     monkeypatch.setattr(policy, "device", torch.device("cuda"))
     assert packing.max_train_tokens(policy) == int(0.7 * 10**15 / 2**22)
 
