@@ -40,10 +40,9 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "test-sft-grpo-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer OUT/sft-grpo-0 "
                                 "--out OUT/test-sft-grpo-0.json"),
     "manager-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo "
-                          "--window 3 --refresh 3 --steps 12 --warmup 2 --eval 0 --answer-adapter OUT/sft-0 "
-                          "--out OUT/manager-0"),
-    "banks-0": ("qwen", f"{EVALUATE} --split val --memories 8 --system rag --manager base OUT/manager-0 "
-                        "--answer base OUT/sft-grpo-0 --max-new-tokens 256 --out OUT/banks-0.json"),
+                          "--refresh 4 --steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 "
+                          "--answer-adapter OUT/sft-0 --out OUT/manager-0"),
+    "banks-0": ("qwen", "tests/benchmarks/session_banks.py --manager OUT/manager-0 --answer base OUT/sft-grpo-0"),
     "smollm2-sft": ("smollm2", f"{TRAIN} --algo sft --steps 38 --out OUT/smollm2-sft"),
     "smollm2-grpo": ("smollm2", f"{TRAIN} --algo grpo --out OUT/smollm2-grpo"),
     "smollm2-sft-grpo": ("smollm2", f"{TRAIN} --algo grpo --init-adapter OUT/smollm2-sft --out OUT/smollm2-sft-grpo"),
