@@ -54,9 +54,9 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
     "extract": False,  # as in train_manager.py
-    "bank": "turns",  # the base Manager of such a model loses most facts; --manager-adapter uses that Manager's banks
+    "bank": "turns",  # banks of such a Manager are no better: F1 .29, not .32; --manager-adapter uses its banks
     "memories": 8,  # more distract it: F1 .32 with 8 or 12, .29 with 16; and 8 take two thirds of the time of 12
-    "distill": False,  # selecting first costs a third of the F1: .209 instead of .327
+    "distill": False,  # selecting first probably costs a third of the F1: .209 instead of .327 (17 questions)
     "reward": "f1",  # EM is nearly always 0 at the start; composite shortens answers first: more EM, the same F1
     "max_prompt_tokens": 2048,  # 8 turns take about 540
     "max_new_tokens": 40,  # six words, with room for a sentence

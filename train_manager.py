@@ -60,10 +60,10 @@ REAL_DATA = {  # defaults of flags where they differ from those of synthetic dat
     "named_only": False,  # as in the paper
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
-    "extract": False,  # its lists of facts lose too much: raw turns as facts double the F1 (docs/results.md)
+    "extract": False,  # its lists of facts lose much: stored, they give F1 .20, raw turns .32 (docs/results.md)
     "window": 3,  # LoCoMo: 117 of the 127 questions that 50 turns allow, with banks that cost a sixteenth
     "memories": 8,  # more distract a small Answer Agent
-    "distill": False,  # selecting first costs a small Answer Agent a third of its F1
+    "distill": False,  # selecting first probably costs a small Answer Agent a third of its F1
     "reward": "f1",  # its answers are rarely exact
     "max_prompt_tokens": 2048,  # longer ones do not fit into 8 GB with their gradients
     "max_new_tokens": 256,  # operations for all facts of a turn

@@ -130,8 +130,8 @@ def plot_runs(runs: Sequence[dict], path: str | Path) -> None:
     runs = [run for run in runs if any(row.get("reward") is not None for row in run["steps"])]
     agents = sorted({run["agent"] for run in runs}, reverse=True)
     if not runs:
-        print("no figure: no run has a reward")
-    figure = new_figure(path, 8, 2.8 * len(agents)) if runs else None
+        return print("no figure: no run has a reward")
+    figure = new_figure(path, 8, 2.8 * len(agents))
     if figure is None:
         return
     for axes, agent in zip(figure.subplots(len(agents), 2, sharey="row", squeeze=False), agents, strict=True):
