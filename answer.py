@@ -46,7 +46,7 @@ from support.word_tokens import word_tokens
 @dataclass(frozen=True)
 class Settings:
     """How the Answer Agent sees a question. The defaults suit the tiny model."""
-    memories: int = 20  # number of retrieved memories, half of them for each speaker
+    memories: int = 20  # half of this number is retrieved from each speaker's bank that is searched
     distill: bool = True  # the completion selects memories before it answers
     named_only: bool = False  # retrieve only memories of the speakers that the question names
     floor: float | None = None  # lowest similarity of a retrieved memory
@@ -70,6 +70,9 @@ answer: <the short answer>"""
 
 
 ANSWER = re.compile(r"(?i)(?:\banswer(?: is)?[ \t]*[:：]|<answer>|^#+ *(?:final )?answer *$)\s*(.*)", re.MULTILINE)
+
+# A date or words: "(2023-05-08)", "(8 May 2023)", "(2023/05/20 (Sat))"
+IN_PARENTHESES = re.compile(r"\((?=[^()]*(?:[a-zA-Z]|\d{4}))(?:[^()]|\([^()]*\))*\)")
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,8 @@ def parse(completion: str) -> Answer:
         below = marker and listed and re.match(r"[\s•-]*(\d{1,4})[\s.)]*$", line)  # "- 5" in a list
         listed = re.match(r"(?i)\s*relevant(?: \w+)?\s*:(.*)", line) or below
         verdict = marker and re.match(r"\s*(\d{1,4})\s*[.:)]?\s+(\S.*)", line)
-        if listed:  # ignore parentheses with letters: "2 (8 May 2023), (5)" selects 2 and 5
-            undated = re.sub(r"\([^()]*\)", lambda part: "" if re.search("[a-zA-Z]", part[0]) else part[0], listed[1])
-            selected += re.findall(r"\d{1,4}", undated)
+        if listed:  # "2 (2023-05-08), (5)" selects 2 and 5
+            selected += re.findall(r"\d{1,4}", IN_PARENTHESES.sub("", listed[1]))
         elif not verdict:
             rest.append(line)
         elif verdict[2].strip().lower().rstrip(".") != "none":

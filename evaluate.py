@@ -1,7 +1,7 @@
 r"""
 Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
 
-    python evaluate.py        # tiny model, synthetic data, runs of one agent
+    python evaluate.py        # tiny model: baselines, every run of one agent in runs/
     python evaluate.py --manager base runs/manager-grpo \
         --answer base runs/answer-grpo --out runs/2x2.json
     python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \
@@ -103,7 +103,8 @@ def make_systems(args, preset: dict, pairs: Sequence[tuple[str, str]], turns: st
             title = f"{name}, {count} memories" if is_swept else name
             systems.append(System(title, source, agent, count, named_only, max_tokens, turns))
     if len({one.system for one in systems}) < len(systems):
-        raise UsageError(f"two folders of {', '.join(one.source for one in systems)} have the same name: rename one")
+        folders = ", ".join(dict.fromkeys(folder for pair in pairs for folder in pair))
+        raise UsageError(f"two folders of {folders} have the same name: rename one")
     return systems
 
 

@@ -7,7 +7,7 @@ One training step, with the function that does it:
 2. sample a group of G completions for each prompt                            policy.sample
 3. compute their rewards                                                      task.rewards
 4. compute advantages inside each group, and the log-probs of the reference   group_advantages, make_rollouts
-   for the outputs of trajectories, compare equal labels instead              labelled_advantages
+   (groups of trajectories' outputs: those with equal labels)                 labelled_advantages
 5. compute the clipped surrogate and the KL penalty, and their gradients      grpo_loss, accumulate_gradients
 6. update the adapter with AdamW, in `epochs` passes over the rollouts        update
 7. write one line to metrics.jsonl                                            loop.log
@@ -46,7 +46,7 @@ class Config:
     lr: float = flag(3e-3, "peak learning rate", least=0)
     warmup: int = flag(5, "steps over which the learning rate rises", least=0)
     schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
-    clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
+    clip: float = flag(0.2, "the ratio is clipped to 1 +- this", above=0)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
     loss_mean: str = flag("token", "token: mean over all tokens; completion: mean over each completion, then over all "
                           "completions, as published", choices=("completion", "token"))
@@ -65,12 +65,12 @@ class Rollouts:
     completions: list[list[list[int]]]  # P x G token ids (trajectories: groups of one)
     logp_old: torch.Tensor  # (N, C)
     advantages: torch.Tensor  # (N,)
-    kept_fraction: float  # fraction of the step's completions whose groups have unequal rewards
+    kept_fraction: float  # fraction of the step's completions that are in these groups
     mean_length: float  # tokens per completion, over all groups of the step
     logp_ref: torch.Tensor | None = None  # (N, C); None if beta = 0
 
 
-NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics if all groups have equal rewards
+NO_UPDATE = {"kl": None, "clip_rate": None, **update_metrics([])}  # metrics of a step whose advantages are all 0
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
@@ -126,7 +126,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip, beta, mean_lengt
 def make_rollouts(policy: Policy, prompts, groups, rewards, config: Config, reference=None, played=None):
     """
     Advantages and reference log-probs of a step's completions, and of the outputs of trajectories (`played`) as groups
-    of one. Rollouts without the groups whose advantages are 0; None if all are.
+    of one. Groups whose advantages are all 0 are left out; None if no group remains.
     """
     advantages = group_advantages(rewards).flatten()  # (P, G) -> (N,)
     if played:

@@ -8,6 +8,8 @@ of the speaker, and edits the memory bank with ADD, UPDATE, DELETE or NOOP. A pr
     - I adopted another dog, Scout.
     operations:      [{"event": "UPDATE", "id": 1, "text": "Jon has a dog named Buddy and Scout."}]
 
+The tiny model names a memory by its text ("old_memory") instead of its number.
+
 Differences from the paper:
 1. A completion contains operations for the new facts only. The paper's prompt asks for a list of all memories again.
 2. UPDATE and DELETE change one entry, as in the paper's prompt. Its pseudo-code removes all retrieved memories.
@@ -216,16 +218,16 @@ class Manager:
 
     def sample_edits(self, cases: Sequence[Case], temperature=0) -> list[tuple]:
         """
-        For each case: (edits or None if invalid, number of memories dropped, the case with the memories that the prompt
-        shows, prompt, completion), by default greedy. A case without facts has the edit NOOP, and no prompt.
+        For each case: (edits or None if invalid, the case with the memories that the prompt shows, prompt, completion),
+        by default greedy. A case without facts has the edit NOOP, and no prompt.
         """
         fitted = [fit_case(self.policy, case, self.settings) for case in cases if case.facts]
         with self.policy.using(self.adapter):
             groups = self.policy.sample([ids for ids, _, _ in fitted], 1, self.settings.max_new_tokens,
                                         temperature=temperature) if fitted else []
-        outputs = iter([(parse(completion.text, case), dropped, case, ids, completion)
-                        for [completion], (ids, case, dropped) in zip(groups, fitted, strict=True)])
-        return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), 0, case, None, None) for case in cases]
+        outputs = iter([(parse(completion.text, case), case, ids, completion)
+                        for [completion], (ids, case, _) in zip(groups, fitted, strict=True)])
+        return [next(outputs) if case.facts else (Parsed([Edit("NOOP")]), case, None, None) for case in cases]
 
 
 @dataclass
@@ -235,7 +237,6 @@ class BankBuild:
     ops: Counter = field(default_factory=Counter)  # edits by event, and what was lost: see `bank_report`
     num_matching: int = 0  # turns whose edit equals the reference operation
     num_labeled: int = 0  # turns that have a reference operation
-    dropped: int = 0  # memories that prompts dropped because of their length
     sources: dict[int, set[str]] = field(default_factory=dict)  # memory id -> ids of the turns that wrote it
     edits: list[list[Edit] | None] = field(default_factory=list)  # per turn; None if its output was invalid
     outputs: list[tuple] = field(default_factory=list)  # per turn: (case, prompt, Completion); see `sample_edits`
@@ -287,8 +288,7 @@ def build_banks(manager: Manager, dialogues, embedder, progress="", temperature=
         cases = [make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
                  for build, dialogue, turn in batch]
         predicted = manager.sample_edits(cases, temperature)
-        for (build, dialogue, turn), (edits, dropped, *output) in zip(batch, predicted, strict=True):
-            build.dropped += dropped
+        for (build, dialogue, turn), (edits, *output) in zip(batch, predicted, strict=True):
             if temperature:
                 build.history.append(list(build.bank))
             facts, edited = manager.facts[dialogue.id, turn.id], edits or Parsed()

@@ -11,8 +11,8 @@ Both agents of Memory-R1 (arXiv 2508.19828, sec. 3) are such policies. The paper
 here one set of frozen weights plays every role, and a role is a LoRA adapter (arXiv 2106.09685, eq. 3) on every
 linear layer except the head:  h = W x + (alpha / r) B A x.  B = 0 at the start, so a new adapter changes nothing.
 
-Prompts are long, completions short, and G completions share a prompt. Where the model allows it (`PACKABLE`), one batch
-of `sample` and one call of `score` therefore compute a prompt only once:
+Prompts are long, completions short, and G completions share a prompt. One batch of `sample` and one call of `score`
+therefore compute a prompt only once, where the model allows it (`PACKABLE`; `sample` else copies the prompt's cache):
   - `sample` lets the completions attend to the prompt's one key-value cache (support/attention.py).
   - `score` packs a group into one row, [prompt | c_1 | ... | c_G] (support/packing.py).
 There is no top-p or top-k: training needs log-probs under the distribution that was sampled from, and that is
@@ -145,7 +145,7 @@ def token_scores(hidden, head, targets, temperature, size=None):
     return torch.cat(logps), torch.cat(entropies)
 
 
-def checkpointed(forward):
+def with_checkpoint(forward):
     """A layer's forward with gradient checkpointing. transformers' own needs training mode, which turns dropout on."""
     def checkpointed_forward(*args, **inputs):
         if torch.is_grad_enabled():
@@ -178,8 +178,8 @@ class Policy:
             model.config._attn_implementation = "shared"  # registered by support/attention.py
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
-        self.checkpointed = self._checkpoint_layers() if gradient_checkpointing else None  # None: not tried
-        if gradient_checkpointing and not self.checkpointed:
+        self.checkpointed_layers = self._checkpoint_layers() if gradient_checkpointing else None  # None: not tried
+        if gradient_checkpointing and not self.checkpointed_layers:
             raise UsageError(f"model {name}: does not support --gradient-checkpointing; leave the flag out")
 
     @classmethod
@@ -188,7 +188,7 @@ class Policy:
         return cls(*load_pretrained(name, device, dtype), str(name), gradient_checkpointing, **options)
 
     def _can_pack(self):
-        """Whether a 4-D mask describes this model's attention completely; warns if not."""
+        """Whether a 4-D mask describes this model's attention. If not, warns; UsageError if it cannot be scored."""
         config, ids = self.model.config, torch.arange(4, device=self.device)[None]
         kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         is_full = set(kinds) == {"full_attention"} if kinds else window is None
@@ -206,7 +206,7 @@ class Policy:
         """Let the decoder's layers keep only their input for the backward pass, which computes the rest again."""
         layers = [one for one in self.model.get_decoder().modules() if isinstance(one, GradientCheckpointingLayer)]
         for layer in layers:
-            layer.forward = checkpointed(layer.forward)
+            layer.forward = with_checkpoint(layer.forward)
         return layers
 
     @contextmanager
@@ -339,17 +339,18 @@ class Policy:
         """
         Split this process's shard of the groups into lists of indices, one for each call of `score`: at most max_tokens
         including padding (0: as many as fit into memory), or a single group. If that group does not fit, gradient
-        checkpointing is turned on; where the model does not support it, a warning says so once.
+        checkpointing is turned on, or fails where the model does not support it; a warning says which, once.
         """
         own = local_shard(range(len(prompts)))
         shapes = [(1, len(prompts[i]) + sum(map(len, completions[i]))) if self.packs
                   else (len(completions[i]), len(prompts[i]) + max(map(len, completions[i]))) for i in own]
         largest = max((rows * width for rows, width in shapes), default=0)  # tokens
-        if self.checkpointed is None and not packing.fits_backward(self, largest):
-            self.checkpointed = self._checkpoint_layers()
+        if self.checkpointed_layers is None and not packing.fits_backward(self, largest):
+            self.checkpointed_layers = self._checkpoint_layers()
+            advice = ("gradient checkpointing is on, which takes a third more time" if self.checkpointed_layers
+                      else "lower --max-prompt-tokens, --max-new-tokens or --group-size")
             logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: %s",
-                            self.name, largest, "gradient checkpointing is on, which takes a third more time"
-                            if self.checkpointed else "lower --max-prompt-tokens, --max-new-tokens or --group-size")
+                            self.name, largest, advice)
         return [[own[i] for i in batch]
                 for batch in packing.batches_within(shapes, max_tokens or packing.max_train_tokens(self))]
 

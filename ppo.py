@@ -18,11 +18,11 @@ Differences from Memory-R1:
 1. Its ratio is "per action". Here it is per token, as in VERL, which Memory-R1 used: a token is an action, the prompt
    and the tokens so far are the state.
 2. Its critic is a second model. Here it is a second adapter on the same weights, with a linear head. V starts near 0.
-   At first the baseline is therefore the mean reward over all tokens, which whitening subtracts. It is always a new
-   adapter, also where the policy starts from a trained one.
+   At first the baseline is therefore the mean reward over all tokens, which whitening subtracts. The critic is always a
+   new adapter, also where the policy starts from a trained one.
 3. It has no KL term. Here k3 is in the loss, as in grpo.py. InstructGPT has the KL in the reward, where the critic must
-   predict it, and whitening enlarges it if all outcomes are similar. A drawback of the loss: a token gets no gradient
-   from the KL of later tokens.
+   predict it, and whitening enlarges it if all outcomes are similar (as it enlarges the critic's errors). A drawback of
+   the loss: a token gets no gradient from the KL of later tokens.
 4. Its learning rates (actor 1e-6, critic 1e-5) are for full fine-tuning. LoRA needs 10 to 100 times as much.
 5. It gives no GAE parameters. gamma = 1: short completions need no discount. gae_lambda = 1: every token's return is
    the reward, however wrong the critic is. With 0.95, a token 30 steps before the end would get .95^30 = .21 of it.
@@ -57,8 +57,8 @@ class Config:
     critic_lr: float | None = flag(None, "peak learning rate of the critic; by default twice --lr", least=0)
     warmup: int = flag(5, "steps over which the learning rates rise", least=0)
     schedule: str = flag("linear", "learning rates after the warmup", choices=("linear", "constant"))
-    clip: float = flag(0.2, "the ratio is clipped to 1 +- this", least=0)
-    value_clip: float = flag(0.2, "stop a value's gradient once it has moved this far to its return; 0: never", least=0)
+    clip: float = flag(0.2, "the ratio is clipped to 1 +- this", above=0)
+    value_clip: float = flag(0.2, "no gradient once a value has moved this far toward its return; 0: no limit", least=0)
     gamma: float = flag(1.0, "discount", least=0, most=1)
     gae_lambda: float = flag(1.0, "GAE's lambda: 1 trusts the outcome, 0 the critic's next value", least=0, most=1)
     beta: float = flag(0.01, "weight of the KL penalty toward the reference policy", least=0)
@@ -100,7 +100,7 @@ class Critic(nn.Module):
         self.w = nn.Parameter(0.03 * torch.randn(policy.head.in_features, device=policy.device))  # float32
         self.b = nn.Parameter(torch.zeros(1, device=policy.device))
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         named = [*self.policy.named_parameters("critic"), *self.named_parameters()]
         return [(f"critic.{name}", parameter) for name, parameter in named]
 
@@ -240,7 +240,7 @@ def accumulate_gradients(policy, critic, part: Rollouts, num_rows: int, adapter:
     with policy.using("critic"):
         errors = value_loss(critic(part.prompts, part.completions), part.values_old, part.returns, mask,
                             config.value_clip)
-        (errors.sum() / num_rows).backward()  # no coefficient: a constant one cancels in Adam
+        (errors.sum() / num_rows).backward()  # no coefficient: but for clipping, Adam would cancel it
     return Counter(kl=(kl * mask).sum().item(), clip_rate=(is_clipped * mask).sum().item(), tokens=mask.sum().item(),
                    value_loss=(errors.detach() * mask.sum(dim=1)).sum().item())  # a row's mean for each of its tokens
 
@@ -250,15 +250,16 @@ def train(policy: Policy, task, loop, adapter: str, config: Config) -> None:
     critic = Critic(policy, like=adapter)
     critic_lr = 2 * config.lr if config.critic_lr is None else config.critic_lr  # the critic follows a moving policy
     optimizer = torch.optim.AdamW([{"params": policy.named_parameters(adapter), "lr": config.lr},
-                                   {"params": critic.trained(), "lr": critic_lr}], betas=(0.9, 0.95), weight_decay=0.0)
+                                   {"params": critic.named_trainable(), "lr": critic_lr}],
+                                  betas=(0.9, 0.95), weight_decay=0.0)
     for step in loop.steps(optimizer):
         episodes = task.batch(step)
         prompts = [episode.prompt for episode in episodes]
         with policy.using(adapter):
             groups = policy.sample(prompts, config.group_size, config.max_new_tokens, config.temperature)
         rewards, task_metrics, samples = task.rewards(episodes, groups)  # (P, G)
-        *outputs, weights = add_trajectories(prompts, groups, rewards, task.played)
-        rollouts = make_rollouts(policy, critic, *outputs, config, loop.reference)
+        prompts, all_groups, all_rewards, weights = add_trajectories(prompts, groups, rewards, task.played)
+        rollouts = make_rollouts(policy, critic, prompts, all_groups, all_rewards, config, loop.reference)
         rollouts = replace(rollouts, advantages=rollouts.advantages * weights.to(policy.device))
         metrics = update(policy, critic, optimizer, rollouts, adapter, config, step)
         metrics["explained_variance"] = explained_variance(rollouts.values_old, rollouts.returns, rollouts.mask)

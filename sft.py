@@ -33,7 +33,7 @@ class Config:
     lr: float = flag(3e-3, "peak learning rate", least=0)
     warmup: int = flag(5, "steps over which the learning rate rises", least=0)
     schedule: str = flag("linear", "learning rate after the warmup", choices=("linear", "constant"))
-    max_new_tokens: int = flag(80, "longest output in tokens, in evaluation and of a hosted teacher", least=1)
+    max_new_tokens: int = flag(80, "longest output in tokens: of the agent in evaluation, of a hosted teacher", least=1)
     grad_clip: float = flag(1.0, "maximum norm of the gradient; 0: no limit", least=0)
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; 0: as many as fit", least=0)
     checkpoint_every: int = flag(10, "steps between checkpoints", least=1)

@@ -42,7 +42,7 @@ from support.run import check_distill, check_out
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
 NUM_DIALOGUES = 24  # synthetic dialogues to train on, with about 50 questions each
 NUM_TURNS = 100  # turns of a synthetic dialogue, which give about 15 memories of each speaker
-SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
+ANSWER_AGENT = {  # defaults of flags where they differ from those of the Manager
     "steps": 40,  # enough for the reward to level off
     "batch_size": 16,  # longer prompts and completions
     "minibatch": 4,  # four optimizer steps on a batch
@@ -54,7 +54,6 @@ SYNTHETIC = {  # defaults of flags where they differ from those of the Manager
 }
 SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
     "extract": False,  # as in train_manager.py
-    "bank": "turns",  # banks of such a Manager are no better: F1 .29, not .32; --manager-adapter uses its banks
     "memories": 8,  # more distract it: F1 .32 with 8 or 12, .29 with 16; and 8 take two thirds of the time of 12
     "distill": False,  # selecting first probably costs a third of the F1: .209 instead of .327 (17 questions)
     "reward": "f1",  # EM is nearly always 0 at the start; composite shortens answers first: more EM, the same F1
@@ -80,8 +79,9 @@ LARGE_MODEL = {  # for larger models
 
 @dataclass(frozen=True)
 class EpisodeFlags:
-    bank: str = flag("manager", "what builds the banks: a Manager, or turns: the raw turns are the memories",
-                     choices=("manager", "turns"))
+    bank: str | None = flag(None, "what builds the banks: a Manager (manager; default), or turns: the raw turns are "
+                            "the memories (default for small models without --manager-adapter)",
+                            choices=("manager", "turns"))
     manager_adapter: str | None = flag(None, "run or adapter of the frozen Manager (none: base model)", metavar="DIR")
     max_operation_tokens: int = flag(80, "longest output of the Manager in tokens", least=1)
     distill: bool = flag(True, "select the relevant memories before answering")
@@ -247,14 +247,14 @@ class AnswerTask:
 
 def arguments(argv=None) -> argparse.Namespace:
     """The settings of a run, from the command line and the presets above."""
-    presets = {"agent": SYNTHETIC, "data": cli.REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
+    presets = {"agent": ANSWER_AGENT, "data": cli.REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     groups = cli.flag_groups(ALGORITHMS, EpisodeFlags)
     args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
-    if args.manager_adapter:  # its banks are the default then
-        presets["small"] = SMALL_MODEL | {"bank": "manager"}
-        args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
-        if args.bank == "turns":
-            raise UsageError("--bank turns has no Manager: leave it out, or --manager-adapter")
+    if args.bank == "turns" and args.manager_adapter:
+        raise UsageError("--bank turns has no Manager: leave it out, or --manager-adapter")
+    if not args.bank and not args.manager_adapter and cli.model_size(args.model) == "small":
+        args.bank = args.presets["bank"] = "turns"  # banks of an untrained small Manager are no better: F1 .29, not .32
+    args.bank = args.bank or "manager"
     return args
 
 

@@ -30,7 +30,7 @@ from policy import Policy
 from support import cli
 from support.cli import flag, from_args
 from support.distributed import RESUME_HINT, distributed_main, rank0_result
-from support.loop import advice, lr_multiplier, run_training
+from support.loop import advice, run_training
 from support.run import check_out, warn_once
 
 AGENTS = {"manager": train_manager, "answer": train_answer}  # adapter: its script
@@ -140,10 +140,9 @@ def make_train(settings: dict[str, argparse.Namespace]):
 
     def train(policy: Policy, task: JointTask, loop, adapters: tuple, config: grpo.Config) -> None:
         optimizers = {name: grpo.make_optimizer(policy, name, configs[name]) for name in adapters}
-        for step in loop.steps(Optimizers([*optimizers.values()])):
+        for step in loop.steps(Optimizers([*optimizers.values()]), schedules=[configs[name] for name in adapters]):
             row, samples = {"reward": 0.0, "skipped": 0}, []
             for name in adapters:
-                optimizers[name].param_groups[0]["lr"] = configs[name].lr * lr_multiplier(step, configs[name])
                 metrics, some = grpo.train_step(policy, optimizers[name], task.agents[name], name, configs[name], step)
                 for text in advice(metrics, vars(settings[name]), sft="") if step == 1 else ():
                     warn_once(f"step 1, {name}: {text}")

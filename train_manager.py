@@ -71,7 +71,7 @@ SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, 
     "group_size": 8,  # also for PPO, so that both learn from equally many outputs
     "batch_size": 8,  # 64 outputs, each with answers to its linked questions: minutes on a CPU
     "minibatch": 4,  # two optimizer steps on a batch
-    "steps": 30,  # 240 turns: every turn that questions score appears twice
+    "steps": 30,  # 240 turns: every turn that questions score appears twice on average
     "lr": 1e-4,  # LoRA tolerates larger steps on small models
     "warmup": 3,  # a tenth of the steps
     "beta": 0.005,  # few steps do not move far
@@ -143,7 +143,8 @@ class ManagerTask:
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                  device=args.device, dtype=args.dtype)
         if self.dialogues:
-            print(describe_links(self.dialogues, args), flush=True)
+            local = [cut(one, args.horizon) for one in self.dialogues] if args.bank == "trajectory" else self.dialogues
+            print(describe_links(local, args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
@@ -206,7 +207,7 @@ class ManagerTask:
         self.played = self.as_played(rows)
 
     def as_played(self, rows: Sequence[tuple]) -> Played | None:
-        """Outputs of trajectories from (prompt, completion, reward, label) rows. Without rows it holds the weights."""
+        """Trajectories' outputs from (prompt, completion, reward, label) rows; without rows for the weights alone."""
         if not self.args.trajectories:
             return None
         prompts, completions, rewards, labels = map(list, zip(*rows, strict=True)) if rows else [[]] * 4
@@ -247,7 +248,7 @@ class ManagerTask:
         return Episode(prompt, case, bank, turn, questions, dialogue.speakers, dropped, words)
 
     def rewards(self, episodes: list[Episode], groups: list) -> tuple[torch.Tensor, dict, list[dict]]:
-        """Rewards (P, G), where an invalid output scores 0; metrics of the step; readable samples."""
+        """Rewards (P, G), before the penalty 0 for invalid outputs; metrics of the step; readable samples."""
         outputs = {(i, g): tuple(edits) for i, (episode, group) in enumerate(zip(episodes, groups, strict=True))
                    for g, completion in enumerate(group)
                    if (edits := manager.parse(completion.text, episode.case)) is not None}

@@ -94,7 +94,7 @@ class Decoder:
     """
     Next-token logits for N rows. Each distinct prompt is read once; with `shares_prompts` all rows attend to that
     cache, else it is copied for each row. Padding follows the common prefix of c tokens, so all rows write to the same
-    column. Two prompts with c = 2; `gap` is the padding of each, from column c on:
+    column. Two prompts with c = 2 (MIN_PREFIX ignored); `gap` is the padding of each, from column c on:
         ids  1 2 3 4 5 6    positions  0 1 2 3 4 5    gap  0
              1 2 0 0 7 8               0 1 - - 2 3         2
     """

@@ -12,7 +12,8 @@ def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Questio
     """
     {turn id: the questions that score its edits}. In synthetic data these are the questions asked right after the turn.
     Other data asks at the end: a question scores the turn of its last evidence, if the first is in the `window` turns
-    before it. The bank holds only these (in a trajectory: all): if it is older, no edit can make the answer right.
+    before it. A bank made from these turns lacks older evidence, so no edit could make the answer right. (The bank of a
+    trajectory may have it; the rule is the same.)
     """
     linked, is_timed = defaultdict(tuple), any(question.asked_after for question in dialogue.questions)
     places = {turn.id: i for i, turn in enumerate(dialogue.turns)}

@@ -90,17 +90,18 @@ class Loop:
         self.policy, self.task, self.run, self.config = policy, task, run, config
         self.optimizer, self.parameters = None, []
         self.step, self.start, self.updates_before = 0, 0.0, 0  # of the step in progress
-        self.refused = []  # names of the tensors for which the last steps, in a row, refused updates
+        self.refused = []  # of the last steps in a row that refused an update: the name of the first tensor
 
     @property
     def reference(self) -> str | None:
         """Adapter of the reference policy; None: the base model."""
         return REFERENCE if REFERENCE in self.policy.adapters else None
 
-    def steps(self, optimizer, first_results=()):
+    def steps(self, optimizer, first_results=(), schedules=()):
         """
         Yield the step numbers that are left, after seeding the generators and setting the learning rates. `optimizer`
-        holds everything that is trained. A new run first reports `first_results` and the untrained agent's results.
+        holds everything that is trained; `schedules` are configurations, one for each of its parameter groups, if the
+        run's does not suit all. A new run first reports `first_results` and the untrained agent's results.
         """
         self.optimizer, config = optimizer, self.config
         self.parameters = [x for group in optimizer.param_groups for x in group["params"]]
@@ -116,8 +117,9 @@ class Loop:
             for step in progress:
                 distributed.seed_step(config.seed, step)
                 self.step, self.start, self.updates_before = step, time.time(), self.num_updates()
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * lr_multiplier(step, config)
+                for group, peak, own in zip(optimizer.param_groups, peaks, schedules or [config] * len(peaks),
+                                            strict=True):
+                    group["lr"] = peak * lr_multiplier(step, own)
                 yield step
                 self.finish_step()
 

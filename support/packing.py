@@ -102,7 +102,7 @@ def train_token_bytes(policy) -> float:
     # The input of every linear layer and three times its output; 2.05 times were measured on Qwen2.5 0.5B in bfloat16.
     size = sum(layer.base.in_features + 3 * layer.base.out_features for layer in policy.layers.values())
     itemsize, depth = policy.head.weight.itemsize, policy.model.config.get_text_config().num_hidden_layers
-    if policy.checkpointed:  # one layer at a time, with its gradient, and the input of every layer
+    if policy.checkpointed_layers:  # one layer at a time, with its gradient, and the input of every layer
         size = 2 * size / depth + policy.head.in_features * depth
     return itemsize * size
 

@@ -1,7 +1,7 @@
 """
-Batches of rollouts: dataclasses with `prompts` (P), `completions` (P x G token ids) and tensors of N = P*G rows, (N,)
-or (N, C), padded to C tokens. grpo.py and ppo.py each define their own. Groups may differ in size: the outputs of
-trajectories are groups of one, so then N is the sum of the sizes.
+Batches of rollouts: dataclasses with `prompts` (P), `completions` (P x G token ids) and tensors of N rows, (N,) or
+(N, C), padded to C tokens. grpo.py and ppo.py each define their own. N is the number of completions: P*G, or the sum of
+the groups' sizes, because the outputs of trajectories are groups of one.
 """
 import random
 from collections.abc import Iterator

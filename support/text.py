@@ -188,7 +188,7 @@ def parse_facts(completion: str) -> Parsed:
         if any(texts) and isinstance(value, list):
             break
     if not any(found):
-        found = loose_strings(completion) or found or [None] * all(map(fact_texts, values))
+        found = loose_strings(completion) or found or [None] * all(map(fact_texts, values))  # [] is a valid reply
     texts = [normalize_whitespace(text) for text in found if text]
     kept = [text[:MAX_TEXT_CHARS].strip() for text in texts[:MAX_OPERATIONS] if text]
     return Parsed(kept, found.count(None) + len(texts[MAX_OPERATIONS:]), count_long(texts))

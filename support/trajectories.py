@@ -14,9 +14,10 @@ Trajectories differ in their earlier banks, so the edit at turn 2 may be credite
 outputs of an episode start from one bank and differ in one turn only. `--bank trajectory` takes it from a trajectory.
 
 Memory-R2's code samples its local outputs greedily and asks all questions so far; here they are sampled, and the linked
-questions are asked. Both concatenate the parts, so with --loss-mean token a part counts by its tokens; in Memory-R2
-the local one is an eighth. In Memory-R2 a turn without a question is rewarded by the penalty alone; dividing by a small
-std amplifies it. An invalid output scores 0 in an episode; in a trajectory it is rewarded like any other.
+questions are asked. Both concatenate the parts, so with --loss-mean token a part weighs as much as its share of the
+tokens; in Memory-R2 the local part has an eighth of them. In Memory-R2 a turn without a question is rewarded by the
+penalty alone; dividing by a small std amplifies it. An invalid output scores 0 before the penalty in an episode; in a
+trajectory it is rewarded like any other.
 """
 import random
 from collections import defaultdict
@@ -79,7 +80,7 @@ def outcomes(dialogue: Dialogue, scores: Sequence[tuple[Question, float]], is_wh
 def draw(rng: random.Random, items: Sequence, count: int) -> list:
     """Draw `count` items at random; those of a small data set are drawn repeatedly. UsageError if there are none."""
     if not items:
-        raise UsageError("no question scores a turn of a trajectory: raise --horizon or --window")
+        raise UsageError("no question scores a turn: raise --horizon or --window")
     drawn = []
     while len(drawn) < count:
         drawn += rng.sample(items, min(len(items), count - len(drawn)))

@@ -209,6 +209,8 @@ def test_identical_prompts_are_answered_once(tiny):
     ("1 Rex\n2 None.\n3: Kia\n4) none\n5. a, b\nanswer: x", Answer("x", (1, 3, 5), True)),
     ("relevant: none\nanswer: x", Answer("x", (), True)),
     ("relevant: 2 (8 May 2023), 5 (1 June)\nanswer: x", Answer("x", (2, 5), True)),  # dates are no numbers
+    ("relevant: 2 (2023-05-08), (3), (4, 15)\nanswer: x", Answer("x", (2, 3, 4, 15), True)),
+    ("relevant: 2 (2023/05/20 (Sat)), (3), 7 (7 (Sat) May)\nanswer: x", Answer("x", (2, 3, 7), True)),
     ("relevant: (2), (5)\nanswer: x", Answer("x", (2, 5), True)),
     ("Relevant memories: 12, 3, 12\nAnswer: x", Answer("x", (12, 3), True)),
     ("**Relevant memories:** 1 and 4\n\n**Answer:** beach", Answer("beach", (1, 4), True)),

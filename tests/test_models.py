@@ -284,7 +284,7 @@ def multimodal():
 def test_lora_of_a_multimodal_model_is_on_its_language_model(tmp_path, checkpointing):
     policy = Policy.load(saved(multimodal(), tmp_path), device="cpu", gradient_checkpointing=checkpointing)
     assert len(policy.layers) == 14 and all(path.startswith("model.language_model.") for path in policy.layers)
-    assert len(policy.checkpointed or ()) == 2 * checkpointing
+    assert len(policy.checkpointed_layers or ()) == 2 * checkpointing
     policy.add_adapter("answer", 4, 8)
     with policy.using("answer"):
         policy.score(PROMPTS, COMPLETIONS).logp.sum().backward()

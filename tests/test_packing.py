@@ -94,8 +94,8 @@ def test_gradient_checkpointing_is_for_training_only(load):
             with torch.no_grad():
                 one.score(PROMPTS, COMPLETIONS)
         calls.append(before)
-    assert calls[:2] == calls[2:] and not any(layer.training for layer in policy.checkpointed)
-    assert len(policy.checkpointed) >= 2
+    assert calls[:2] == calls[2:] and not any(layer.training for layer in policy.checkpointed_layers)
+    assert len(policy.checkpointed_layers) >= 2
 
 
 def test_windowed_models_say_so_once(load, caplog):
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_turns_itself_on(load, monkeypatch, caplog, group
     for tokens in (27, 26, 26):
         monkeypatch.setattr(packing, "free_memory", lambda device, tokens=tokens: (tokens + 0.5) * size / 0.7)
         batches = policy.micro_batches(prompts, completions)
-        assert len(policy.checkpointed or ()) == (2 if tokens == 26 and turned_on else 0)
+        assert len(policy.checkpointed_layers or ()) == (2 if tokens == 26 and turned_on else 0)
         assert sorted(sum(batches, [])) == list(range(len(groups)))
     assert sum("gradient checkpointing is on" in line for line in caplog.messages) == turned_on
     slopes = []

@@ -135,7 +135,7 @@ def test_padding_changes_nothing():
 def wake(critic):
     """Draw all weights, as if the critic had been trained."""
     torch.manual_seed(2)
-    for _, parameter in critic.trained():
+    for _, parameter in critic.named_trainable():
         torch.nn.init.normal_(parameter, std=0.3)
     return critic
 
@@ -199,7 +199,7 @@ def test_rollouts_hold_values_returns_and_a_ratio_of_1(tiny):
 def test_each_loss_reaches_its_own_adapter_only(tiny):
     policy = tiny()
     critic = wake(Critic(policy, like="agent"))
-    agent, judge = policy.parameters("agent"), [x for _, x in critic.trained()]
+    agent, judge = policy.parameters("agent"), [x for _, x in critic.named_trainable()]
     found, _ = rollouts(policy, critic)
 
     def slopes(**changes):
@@ -222,9 +222,10 @@ def test_an_update_follows_the_mean_of_its_setting(tiny, tokens, loss_mean):
     policy, config = tiny(), Config(beta=0.5, grad_clip=1e9, temperature=0.7, micro_batch_tokens=tokens,
                                     loss_mean=loss_mean)
     critic = wake(Critic(policy, like="agent"))
-    agent, judge = policy.parameters("agent"), [x for _, x in critic.trained()]
+    agent, judge = policy.parameters("agent"), [x for _, x in critic.named_trainable()]
     found, _ = rollouts(policy, critic, Config(group_size=2, max_new_tokens=12, temperature=0.7))
-    optimizer = torch.optim.SGD([{"params": policy.named_parameters("agent")}, {"params": critic.trained()}], lr=0)
+    optimizer = torch.optim.SGD([{"params": policy.named_parameters("agent")},
+                                 {"params": critic.named_trainable()}], lr=0)
     numbers = ppo.update(policy, critic, optimizer, found, "agent", config, 1)
     slopes = gradients(agent + judge)
     with policy.using("agent"):

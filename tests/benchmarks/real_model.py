@@ -37,12 +37,20 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "test-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer base OUT/answer-0 --out OUT/test-0.json"),
     "sft-0": ("qwen", f"{TRAIN} --algo sft --steps 38 --out OUT/sft-0"),
     "sft-grpo-0": ("qwen", f"{TRAIN} --algo grpo --init-adapter OUT/sft-0 --out OUT/sft-grpo-0"),
+    "sft-1": ("qwen", f"{TRAIN} --algo sft --steps 38 --seed 1 --out OUT/sft-1"),
+    "sft-grpo-1": ("qwen", f"{TRAIN} --algo grpo --seed 1 --init-adapter OUT/sft-1 --out OUT/sft-grpo-1"),
+    "sft-ppo-0": ("qwen", f"{TRAIN} --algo ppo --init-adapter OUT/sft-0 --out OUT/sft-ppo-0"),
     "test-sft-grpo-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer OUT/sft-grpo-0 "
                                 "--out OUT/test-sft-grpo-0.json"),
+    "test-sft-grpo-1": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer OUT/sft-grpo-1 "
+                                "--out OUT/test-sft-grpo-1.json"),
+    "memories": ("qwen", f"{EVALUATE} --split val --system rag --memories 8,12,30,60 --answer base OUT/sft-grpo-0 "
+                         "--out OUT/memories.json"),
     "manager-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo "
                           "--refresh 4 --steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 "
                           "--answer-adapter OUT/sft-0 --out OUT/manager-0"),
     "banks-0": ("qwen", "tests/benchmarks/session_banks.py --manager OUT/manager-0 --answer base OUT/sft-grpo-0"),
+    "banks-1.5": ("qwen1.5", "tests/benchmarks/session_banks.py --sessions 4"),
     "smollm2-sft": ("smollm2", f"{TRAIN} --algo sft --steps 38 --out OUT/smollm2-sft"),
     "smollm2-grpo": ("smollm2", f"{TRAIN} --algo grpo --out OUT/smollm2-grpo"),
     "smollm2-sft-grpo": ("smollm2", f"{TRAIN} --algo grpo --init-adapter OUT/smollm2-sft --out OUT/smollm2-sft-grpo"),

@@ -18,6 +18,7 @@ import data
 import manager
 from memory import MemoryBank, make_embedder
 from policy import Policy
+from support.cli import model_size
 
 
 def main():
@@ -38,7 +39,8 @@ def main():
     sessions = [replace(conversation, id=f"{conversation.id}-{number}",
                         turns=tuple(turn for turn in conversation.turns if turn.session == number))
                 for number in numbers]
-    settings = manager.Settings(top_k=10, max_prompt_tokens=2048, max_new_tokens=256)
+    extract = model_size(args.model) == "large"
+    settings = manager.Settings(top_k=10, extract=extract, max_prompt_tokens=2048, max_new_tokens=256)
     agent = manager.Manager(policy, adapter.get(args.manager, args.manager), settings)
     builds = manager.build_banks(agent, sessions, embedder, progress="banks")
     bank = MemoryBank(embedder)
@@ -48,10 +50,21 @@ def main():
     print(f"{len(texts)} memories, {len(set(texts))} distinct, {sum(len(text.split()) for text in texts)} words;",
           manager.bank_report(builds))
 
-    questions = conversation.final_questions()
+    written, inside = {}, {turn.id for session in sessions for turn in session.turns}
+    for session, build in zip(sessions, builds, strict=True):
+        for turn, edits in zip(session.turns, build.edits, strict=True):  # {text: the turn that first wrote it}
+            written |= {edit.text: turn.id for edit in edits or [] if edit.text and edit.text not in written}
+    questions = [one for one in conversation.final_questions() if {*one.evidence} <= inside]
+    evidence = {id for question in questions for id in question.evidence}
+    print(f"{len(evidence & {*written.values()})} of {len(evidence)} turns with evidence wrote a new text")
+
     shown = answer.Settings(args.memories, distill=False, max_prompt_tokens=4096, max_new_tokens=40)
     prompts = [answer.build_prompt(policy, bank, question.text, conversation.speakers, shown, question.preface)
                for question in questions]
+    found = [(set(question.evidence), {written[memory.text] for memory in prompt.shown})
+             for question, prompt in zip(questions, prompts, strict=True)]
+    some, whole = sum(bool(own & turns) for own, turns in found), sum(own <= turns for own, turns in found)
+    print(f"of {len(found)} questions {some} have evidence in the prompt, {whole} have all of it")
     for folder in args.answer:
         given = answer.generate_answers(policy, prompts, adapter.get(folder, folder), shown.max_new_tokens)
         print(folder, answer.mean_scores([(one.text, question.answer)
