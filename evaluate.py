@@ -1,7 +1,7 @@
 r"""
 Evaluation of memory agents: systems -> banks -> answers -> scores -> report.
 
-    python evaluate.py        # tiny model: baselines, every run of one agent in runs/
+    python evaluate.py        # tiny model, synthetic data, runs of one agent
     python evaluate.py --manager base runs/manager-grpo \
         --answer base runs/answer-grpo --out runs/2x2.json
     python evaluate.py --data locomo --model Qwen/Qwen2.5-3B-Instruct \

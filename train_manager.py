@@ -143,8 +143,7 @@ class ManagerTask:
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                  device=args.device, dtype=args.dtype)
         if self.dialogues:
-            local = [cut(one, args.horizon) for one in self.dialogues] if args.bank == "trajectory" else self.dialogues
-            print(describe_links(local, args), flush=True)
+            print(describe_links(self.dialogues, args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""

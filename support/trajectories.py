@@ -80,7 +80,7 @@ def outcomes(dialogue: Dialogue, scores: Sequence[tuple[Question, float]], is_wh
 def draw(rng: random.Random, items: Sequence, count: int) -> list:
     """Draw `count` items at random; those of a small data set are drawn repeatedly. UsageError if there are none."""
     if not items:
-        raise UsageError("no question scores a turn: raise --horizon or --window")
+        raise UsageError("no question scores a turn of a trajectory: raise --horizon or --window")
     drawn = []
     while len(drawn) < count:
         drawn += rng.sample(items, min(len(items), count - len(drawn)))

@@ -284,9 +284,8 @@ def by_checksum(messages):
 def test_lockstep_equals_one_by_one(fake, monkeypatch, extract, is_tight):
     dialogues, policy, dropped, fit = ragged(), fake(by_checksum), [], manager.fit_case
     monkeypatch.setattr(manager, "fit_case", lambda *args: dropped.append((found := fit(*args))[2]) or found)
-    instruction = " ".join(message["content"] for message in messages(CASE)[:-1])
-    limit = len(instruction.split()) + (60 if extract else 36) if is_tight else None
-    options = Settings(top_k=3, extract=extract, max_prompt_tokens=limit, max_new_tokens=99)
+    words = sum(len(one["content"].split()) for one in messages(CASE)[:-1]) + (60 if extract else 36)
+    options = Settings(top_k=3, extract=extract, max_prompt_tokens=words if is_tight else None, max_new_tokens=99)
     together = build_banks(Manager(policy, "manager", options), dialogues, HASH)
     alone = [build_banks(Manager(fake(by_checksum), "manager", options), [dialogue], HASH)[0]
              for dialogue in dialogues]
@@ -301,7 +300,7 @@ def test_lockstep_equals_one_by_one(fake, monkeypatch, extract, is_tight):
     assert all(total[event] for event in ("ADD", "UPDATE", "DELETE", "NOOP", "invalid"))
     assert any(dropped) == is_tight
     calls = [call for call in policy.calls if call[0] == "manager"]
-    assert {options for _, _, options in calls} == {(1, 99, 0)}
+    assert {options for *_, options in calls} == {(1, 99, 0)}
     if extract:
         assert policy.calls[0] == (None, 40 + 5 + 20, (1, 99, 0)) and calls == policy.calls[1:]
     else:
@@ -357,10 +356,9 @@ def test_no_dialogues(fake):
 
 def test_a_case_without_facts_is_not_sent_to_the_model(fake):
     policy = fake(lambda messages: '[{"event": "DELETE", "id": 1}]')
-    silent = replace(CASE, facts=())
-    outputs = Manager(policy, "manager").sample_edits([silent, CASE, silent])
-    noop = [Edit("NOOP")], silent
-    assert [output[:2] for output in outputs] == [noop, ([Edit("DELETE", 40)], CASE), noop]
+    silent, delete = replace(CASE, facts=()), ([Edit("DELETE", 40)], CASE)
+    found = [output[:2] for output in Manager(policy, "manager").sample_edits([silent, CASE, silent])]
+    assert found == [([Edit("NOOP")], silent), delete, ([Edit("NOOP")], silent)]
     assert policy.calls == [("manager", 1, (1, 80, 0))]
 
 
