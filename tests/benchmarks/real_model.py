@@ -29,6 +29,7 @@ MODELS = {  # Apache-2.0: file, packages with its pieces in order, SHA-256
 }
 TRAIN = "train_answer.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume"
 EVALUATE = "evaluate.py --data locomo --dtype bfloat16 --no-distill --max-answer-tokens 40"
+BANKS = EVALUATE.replace("evaluate.py", "tests/benchmarks/session_banks.py") + " --max-new-tokens 256 --memories 8"
 PARTS = {  # name: (model, command). "OUT" stands for --out
     "prompt": ("qwen", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt.json"),
     "prompt-smollm2": ("smollm2", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt-smollm2.json"),
@@ -49,8 +50,10 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "manager-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo "
                           "--refresh 4 --steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 "
                           "--answer-adapter OUT/sft-0 --out OUT/manager-0"),
-    "banks-0": ("qwen", "tests/benchmarks/session_banks.py --manager OUT/manager-0 --answer base OUT/sft-grpo-0"),
-    "banks-1.5": ("qwen1.5", "tests/benchmarks/session_banks.py --sessions 4"),
+    "banks-0": ("qwen", f"{BANKS} --split val --manager base OUT/manager-0 --answer base OUT/sft-grpo-0 "
+                        "--out OUT/banks-0.json"),
+    "both": ("qwen", f"{BANKS} --manager base OUT/manager-0 --answer base OUT/sft-grpo-0 --out OUT/both.json"),
+    "banks-1.5": ("qwen1.5", f"{BANKS} --split val --sessions 4 --manager base --out OUT/banks-1.5.json"),
     "smollm2-sft": ("smollm2", f"{TRAIN} --algo sft --steps 38 --out OUT/smollm2-sft"),
     "smollm2-grpo": ("smollm2", f"{TRAIN} --algo grpo --out OUT/smollm2-grpo"),
     "smollm2-sft-grpo": ("smollm2", f"{TRAIN} --algo grpo --init-adapter OUT/smollm2-sft --out OUT/smollm2-sft-grpo"),

@@ -1,74 +1,82 @@
 """
-Banks of a Memory Manager on LoCoMo's validation conversation, and answers from them: docs/results.md, by hand.
+evaluate.py with banks that are filled session by session: docs/results.md, by hand.
 
-    python tests/benchmarks/session_banks.py --model $QWEN --manager base --answer base runs/both-qwen
+    python tests/benchmarks/session_banks.py --data locomo --split val --model $QWEN --memories 8 --max-new-tokens 256 \
+        --max-answer-tokens 40 --manager base runs/manager-qwen --answer base runs/both-qwen --out runs/banks.json
 
-Each session starts with an empty bank, so that all sessions advance in one batch; evaluate.py builds one bank of the
-whole conversation, turn by turn, which takes hours on a CPU. Questions are answered from the union of the banks.
+Takes evaluate.py's flags, of which --out is required. Each session starts with an empty bank, so that all sessions
+advance in one batch; evaluate.py fills the bank of a whole conversation turn by turn, which takes hours on a CPU.
+Questions are answered from the union of the banks of a conversation. At the end it prints for how many questions turns
+with evidence are behind the memories in the prompt. A memory counts for the turn that first wrote its text.
 """
-import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import answer
 import data
+import evaluate
 import manager
-from memory import MemoryBank, make_embedder
-from policy import Policy
-from support.cli import model_size
+from support import report
+
+SESSIONS = "--sessions"  # followed by a number N: only the first N sessions, and the questions about them
+
+
+def first_sessions(dialogue: data.Dialogue, count: int) -> data.Dialogue:
+    """The first sessions of a conversation, with the questions whose evidence they hold."""
+    numbers = sorted({turn.session for turn in dialogue.turns})[:count]
+    turns = tuple(turn for turn in dialogue.turns if turn.session in numbers)
+    inside = {turn.id for turn in turns}
+    return replace(dialogue, turns=turns, questions=tuple(
+        question for question in dialogue.final_questions() if {*question.evidence} <= inside))
+
+
+def banks_by_session(agent, dialogues, embedder, progress="", build_banks=manager.build_banks):
+    """`manager.build_banks` on each session alone, then the same edits again on one bank for each conversation."""
+    sessions = [replace(dialogue, turns=tuple(turns)) for dialogue in dialogues
+                for _, turns in groupby(dialogue.turns, key=lambda turn: turn.session)]
+    parts, edits, added = build_banks(agent, sessions, embedder, progress), {}, Counter()
+    for session, part in zip(sessions, parts, strict=True):
+        first = added[session.id]  # the memories of a session have ids from here on
+        for turn, some in zip(session.turns, part.edits, strict=True):
+            edits[session.id, turn.id] = some and [
+                edit if edit.id is None else replace(edit, id=first + edit.id) for edit in some]
+            added[session.id] += sum(edit.event == "ADD" for edit in some or [])
+    builds = manager.build_in_lockstep(dialogues, embedder, lambda batch: [
+        edits[dialogue.id, turn.id] for _, dialogue, turn in batch])
+    for dialogue, build in zip(dialogues, builds, strict=True):
+        own = [part for session, part in zip(sessions, parts, strict=True) if session.id == dialogue.id]
+        build.ops, build.outputs = sum((part.ops for part in own), Counter()), sum((part.outputs for part in own), [])
+        writers = {}
+        for turn in dialogue.turns:
+            for edit in edits[dialogue.id, turn.id] or []:
+                writers.setdefault(edit.text, turn.id)
+        build.sources = {memory.id: {writers[memory.text]} for memory in build.bank}
+    texts = [memory.text for build in builds for memory in build.bank]
+    print(f"{len(texts)} memories, {sum(len({one.text for one in build.bank}) for build in builds)} distinct, "
+          f"{sum(len(text.split()) for text in texts)} words;", manager.bank_report(builds))
+    return builds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--manager", default="base", help="a Manager's run, or base")
-    parser.add_argument("--answer", nargs="+", default=["base"], help="runs of Answer Agents, or base")
-    parser.add_argument("--memories", type=int, default=8)
-    parser.add_argument("--sessions", type=int, help="the first sessions only (all)")
-    args = parser.parse_args()
-    policy, embedder = Policy.load(args.model, dtype="bfloat16"), make_embedder("hash")
-    for folder in {args.manager, *args.answer} - {"base"}:
-        policy.load_adapter(folder, folder)
-    adapter = {"base": None}
-
-    conversation, = data.load("locomo", "val")
-    numbers = sorted({turn.session for turn in conversation.turns})[:args.sessions]
-    sessions = [replace(conversation, id=f"{conversation.id}-{number}",
-                        turns=tuple(turn for turn in conversation.turns if turn.session == number))
-                for number in numbers]
-    extract = model_size(args.model) == "large"
-    settings = manager.Settings(top_k=10, extract=extract, max_prompt_tokens=2048, max_new_tokens=256)
-    agent = manager.Manager(policy, adapter.get(args.manager, args.manager), settings)
-    builds = manager.build_banks(agent, sessions, embedder, progress="banks")
-    bank = MemoryBank(embedder)
-    for memory in (memory for build in builds for memory in build.bank):
-        bank.add(memory.text, memory.speaker, memory.time)
-    texts = [memory.text for memory in bank]
-    print(f"{len(texts)} memories, {len(set(texts))} distinct, {sum(len(text.split()) for text in texts)} words;",
-          manager.bank_report(builds))
-
-    written, inside = {}, {turn.id for session in sessions for turn in session.turns}
-    for session, build in zip(sessions, builds, strict=True):
-        for turn, edits in zip(session.turns, build.edits, strict=True):  # {text: the turn that first wrote it}
-            written |= {edit.text: turn.id for edit in edits or [] if edit.text and edit.text not in written}
-    questions = [one for one in conversation.final_questions() if {*one.evidence} <= inside]
-    evidence = {id for question in questions for id in question.evidence}
-    print(f"{len(evidence & {*written.values()})} of {len(evidence)} turns with evidence wrote a new text")
-
-    shown = answer.Settings(args.memories, distill=False, max_prompt_tokens=4096, max_new_tokens=40)
-    prompts = [answer.build_prompt(policy, bank, question.text, conversation.speakers, shown, question.preface)
-               for question in questions]
-    found = [(set(question.evidence), {written[memory.text] for memory in prompt.shown})
-             for question, prompt in zip(questions, prompts, strict=True)]
-    some, whole = sum(bool(own & turns) for own, turns in found), sum(own <= turns for own, turns in found)
-    print(f"of {len(found)} questions {some} have evidence in the prompt, {whole} have all of it")
-    for folder in args.answer:
-        given = answer.generate_answers(policy, prompts, adapter.get(folder, folder), shown.max_new_tokens)
-        print(folder, answer.mean_scores([(one.text, question.answer)
-                                          for one, question in zip(given, questions, strict=True)]))
+    if SESSIONS in sys.argv:
+        place, load = sys.argv.index(SESSIONS), data.load
+        count = int(sys.argv[place + 1])
+        del sys.argv[place:place + 2]
+        data.load = lambda *args, **options: [first_sessions(one, count) for one in load(*args, **options)]
+    manager.build_banks = banks_by_session
+    evaluate.main()
+    args, systems = evaluate.arguments(), {}
+    evidence = {question.id: {*question.evidence} for dialogue in data.load(args.data, args.split)
+                for question in dialogue.final_questions()}
+    for line in report.read_predictions(args.out).values():
+        systems.setdefault(line["system"], []).append((evidence[line["question"]], {*line["context"]}))
+    for system, pairs in systems.items():
+        print(f"{system}: of {len(pairs)} questions {sum(bool(own & shown) for own, shown in pairs)} have evidence in "
+              f"the prompt, {sum(own <= shown for own, shown in pairs)} have all of it")
 
 
 if __name__ == "__main__":
