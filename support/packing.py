@@ -8,6 +8,7 @@ restart at the prompt's length for each completion.
 Shapes: P prompts, G completions each, N = P*G completions in prompt-major order, C tokens in the longest one, T
 completion tokens in all (without padding), R packed rows of L tokens.
 """
+import ctypes
 import os
 import re
 import sys
@@ -145,6 +146,15 @@ def free_memory(device) -> int:
     except OSError:  # macOS: half of its memory; Windows: 4 GiB
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32
     return min(free, *control_group_memory()) // world_size()  # the processes of torchrun share the machine
+
+
+def return_freed_memory() -> None:
+    """
+    Let Linux's C library return freed memory to the system, also between memory in use. Sampling frees tensors of ever
+    different sizes, and the gaps would add up to gigabytes.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def control_group_memory(root: str = "") -> list[int]:
