@@ -39,14 +39,17 @@ SIZES = {  # vocabulary, hidden, feed-forward, layers, heads, key heads
 
 # ------------------------------------------------------------------------------------------------ the trainers
 
-def build(size):
-    """Return a random Qwen2 of that size, and a tokenizer whose words are w0, w1, ..."""
+def build(args):
+    """The model of --model in bfloat16, or a random Qwen2 of --size and a tokenizer whose words are w0, w1, ..."""
+    if args.model:
+        from support.pretrained import load_pretrained
+        return load_pretrained(args.model, dtype="bfloat16")
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads")
-    sizes = dict(zip(names, SIZES[size], strict=True))
+    sizes = dict(zip(names, SIZES[args.size], strict=True))
     config = Qwen2Config(**sizes, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=1,
                          pad_token_id=0, attn_implementation="sdpa")
     torch.manual_seed(0)
@@ -58,8 +61,11 @@ def build(size):
     return model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
 
 
-def prompt_ids(num_tokens, seed):
-    return random.Random(seed).choices(range(2, 2000), k=num_tokens)
+def random_prompt(args, tokenizer, seed):
+    """A text of random words, each a token: of the model's first ones that are a word after a space."""
+    words = [word for word in map(tokenizer.decode, range(10000)) if re.fullmatch(" [a-z]+", word)
+             and len(tokenizer.encode(word, add_special_tokens=False)) == 1] or [f" w{i}" for i in range(2, 2000)]
+    return "".join(random.Random(seed).choices(words, k=args.prompt))
 
 
 def ours(args, model, tokenizer):
@@ -73,7 +79,8 @@ def ours(args, model, tokenizer):
     config = grpo.Config(beta=args.beta, group_size=args.group, max_new_tokens=args.completion)
     optimizer = torch.optim.AdamW(policy.named_parameters("agent"), lr=1e-5)
     for step in steps(args):
-        prompts = [prompt_ids(args.prompt, step * NUM_PROMPTS + i) for i in range(NUM_PROMPTS)]
+        prompts = [tokenizer.encode(random_prompt(args, tokenizer, step * NUM_PROMPTS + i), add_special_tokens=False)
+                   for i in range(NUM_PROMPTS)]
         with policy.using("agent"):
             groups = policy.sample(prompts, args.group, args.completion)
         rollouts = grpo.make_rollouts(policy, prompts, groups, torch.rand(NUM_PROMPTS, args.group), config)
@@ -102,8 +109,7 @@ def trl(args, model, tokenizer):
         max_completion_length=args.completion, generation_kwargs={"min_new_tokens": args.completion}, report_to="none",
         gradient_checkpointing=args.checkpointing, save_strategy="no", logging_strategy="no", disable_tqdm=True,
         max_steps=args.rounds + 2, shuffle_dataset=False)
-    rows = [{"prompt": " ".join(f"w{i}" for i in prompt_ids(args.prompt, seed))}
-            for seed in range((args.rounds + 2) * NUM_PROMPTS)]
+    rows = [{"prompt": random_prompt(args, tokenizer, seed)} for seed in range((args.rounds + 2) * NUM_PROMPTS)]
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     GRPOTrainer(model, reward_funcs=lambda completions, **_: [random.random() for _ in completions], args=config,
                 train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Turns()],
@@ -156,7 +162,8 @@ def measure(trainers, rounds):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     add = parser.add_argument
-    add("--size", choices=SIZES, default="tiny")
+    add("--size", choices=SIZES, default="tiny", help="shape of a random model (tiny)")
+    add("--model", help="a real model in place of a random one")
     add("--prompt", type=int, default=1024, help="tokens of a prompt (1024)")
     add("--completion", type=int, default=64, help="tokens of a completion (64)")
     add("--group", type=int, default=8, help="completions per prompt (8)")
@@ -168,11 +175,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.child:
         args.group *= 2 if args.child == "ours-2G" else 1
-        return (ours if args.child.startswith("ours") else trl)(args, *build(args.size))
+        return (ours if args.child.startswith("ours") else trl)(args, *build(args))
     if any(name.startswith("trl") for name in args.trainers) and not find_spec("trl"):
         sys.exit("step.py: trl is not installed: pip install trl==1.16 in a virtual environment of its own, or give "
                  "--trainers ours")
-    print(f"{args.size}, P = {args.prompt}, G = {args.group}, C = {args.completion}, beta {args.beta}", flush=True)
+    print(f"{args.model or args.size}, "
+          f"P = {args.prompt}, G = {args.group}, C = {args.completion}, beta {args.beta}", flush=True)
     costs = measure(args.trainers, args.rounds)
     medians = {name: (statistics.median(seconds for seconds, _ in cost[1:]), cost[-1][1])
                for name, cost in costs.items()}
