@@ -4,11 +4,13 @@ evaluate.py with banks that are filled session by session: docs/results.md, by h
     python tests/benchmarks/session_banks.py --data locomo --split val --model $QWEN --memories 8 --max-new-tokens 256 \
         --max-answer-tokens 40 --manager base runs/manager-qwen --answer base runs/both-qwen --out runs/banks.json
 
-Takes evaluate.py's flags, of which --out is required. Each session starts with an empty bank, so that all sessions
-advance in one batch; evaluate.py fills the bank of a whole conversation turn by turn, which takes hours on a CPU.
-Questions are answered from the union of the banks of a conversation. At the end it prints for how many questions turns
-with evidence are behind the memories in the prompt. A memory counts for the turn that first wrote its text.
+Takes evaluate.py's flags, of which --out is required, and --sessions N: only the first N, and the questions about them.
+Each session starts with an empty bank, so that all sessions advance in one batch; evaluate.py fills the bank of a whole
+conversation turn by turn, which takes hours on a CPU. Questions are answered from the union of the banks of a
+conversation. At the end it prints for how many questions turns with evidence are behind the memories in the prompt. A
+memory counts for the turn that first wrote its text.
 """
+import argparse
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -21,8 +23,6 @@ import data
 import evaluate
 import manager
 from support import report
-
-SESSIONS = "--sessions"  # followed by a number N: only the first N sessions, and the questions about them
 
 
 def first_sessions(dialogue: data.Dialogue, count: int) -> data.Dialogue:
@@ -62,18 +62,21 @@ def banks_by_session(agent, dialogues, embedder, progress="", build_banks=manage
 
 
 def main():
-    if SESSIONS in sys.argv:
-        place, load = sys.argv.index(SESSIONS), data.load
-        count = int(sys.argv[place + 1])
-        del sys.argv[place:place + 2]
-        data.load = lambda *args, **options: [first_sessions(one, count) for one in load(*args, **options)]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--sessions", type=int)
+    own, flags = parser.parse_known_args()
+    args, load, systems = evaluate.arguments(flags), data.load, {}
+    if not args.out:
+        parser.error("give --out")
+    if own.sessions:
+        data.load = lambda *args, **options: [first_sessions(one, own.sessions) for one in load(*args, **options)]
     manager.build_banks = banks_by_session
-    evaluate.main()
-    args, systems = evaluate.arguments(), {}
-    evidence = {question.id: {*question.evidence} for dialogue in data.load(args.data, args.split)
+    evaluate.main(flags)
+    evidence = {(dialogue.id, question.id): {*question.evidence} for dialogue in data.load(args.data, args.split)
                 for question in dialogue.final_questions()}
     for line in report.read_predictions(args.out).values():
-        systems.setdefault(line["system"], []).append((evidence[line["question"]], {*line["context"]}))
+        wanted = evidence[line["dialogue"], line["question"]]
+        systems.setdefault(line["system"], []).append((wanted, {*line["context"]}))
     for system, pairs in systems.items():
         print(f"{system}: of {len(pairs)} questions {sum(bool(own & shown) for own, shown in pairs)} have evidence in "
               f"the prompt, {sum(own <= shown for own, shown in pairs)} have all of it")
