@@ -61,11 +61,12 @@ def build(args):
     return model, PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
 
 
-def random_prompt(args, tokenizer, seed):
-    """A text of random words, each a token: of the model's first ones that are a word after a space."""
+def random_prompts(args, tokenizer):
+    """A text of random words for each prompt of each step. A word is a token: of the first ones, " " and letters."""
     words = [word for word in map(tokenizer.decode, range(10000)) if re.fullmatch(" [a-z]+", word)
              and len(tokenizer.encode(word, add_special_tokens=False)) == 1] or [f" w{i}" for i in range(2, 2000)]
-    return "".join(random.Random(seed).choices(words, k=args.prompt))
+    return ["".join(random.Random(seed).choices(words, k=args.prompt))
+            for seed in range((args.rounds + 2) * NUM_PROMPTS)]
 
 
 def ours(args, model, tokenizer):
@@ -78,9 +79,9 @@ def ours(args, model, tokenizer):
     policy.add_adapter("agent", rank=16, alpha=32)
     config = grpo.Config(beta=args.beta, group_size=args.group, max_new_tokens=args.completion)
     optimizer = torch.optim.AdamW(policy.named_parameters("agent"), lr=1e-5)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in random_prompts(args, tokenizer)]
     for step in steps(args):
-        prompts = [tokenizer.encode(random_prompt(args, tokenizer, step * NUM_PROMPTS + i), add_special_tokens=False)
-                   for i in range(NUM_PROMPTS)]
+        prompts = ids[step * NUM_PROMPTS:(step + 1) * NUM_PROMPTS]
         with policy.using("agent"):
             groups = policy.sample(prompts, args.group, args.completion)
         rollouts = grpo.make_rollouts(policy, prompts, groups, torch.rand(NUM_PROMPTS, args.group), config)
@@ -109,7 +110,7 @@ def trl(args, model, tokenizer):
         max_completion_length=args.completion, generation_kwargs={"min_new_tokens": args.completion}, report_to="none",
         gradient_checkpointing=args.checkpointing, save_strategy="no", logging_strategy="no", disable_tqdm=True,
         max_steps=args.rounds + 2, shuffle_dataset=False)
-    rows = [{"prompt": random_prompt(args, tokenizer, seed)} for seed in range((args.rounds + 2) * NUM_PROMPTS)]
+    rows = [{"prompt": text} for text in random_prompts(args, tokenizer)]
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     GRPOTrainer(model, reward_funcs=lambda completions, **_: [random.random() for _ in completions], args=config,
                 train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Turns()],
