@@ -143,7 +143,8 @@ class ManagerTask:
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                  device=args.device, dtype=args.dtype)
         if self.dialogues:
-            print(describe_links(self.dialogues, args), flush=True)
+            horizon = args.horizon if args.bank == "trajectory" else 0
+            print(describe_links([cut(one, horizon) for one in self.dialogues], args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""

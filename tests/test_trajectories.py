@@ -336,9 +336,14 @@ def test_a_horizon_without_questions(tmp_path):
     entry, = json.loads(two_turns(tmp_path).read_text())
     entry["qa"] = entry["qa"][1:]
     (tmp_path / "late.json").write_text(json.dumps([entry]))
-    made = task("--data", tmp_path / "late.json", "--no-extract", "--horizon", 1)
-    with pytest.raises(UsageError, match="no question scores a turn of a trajectory: raise --horizon or --window"):
-        made.batch(1)
+    with pytest.raises(UsageError, match="no question has its evidence within --horizon, so no turn can be scored"):
+        task("--data", tmp_path / "late.json", "--no-extract", "--horizon", 1)
+
+
+def test_the_count_of_links_ends_at_the_horizon(tmp_path, capsys):
+    for horizon, asked in ((0, "3 of 3"), (1, "1 of 1")):
+        task("--data", two_turns(tmp_path), "--no-extract", "--horizon", horizon)
+        assert f"{asked} questions score" in capsys.readouterr().out
 
 
 @ALGORITHMS
