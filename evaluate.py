@@ -58,7 +58,9 @@ REAL = {"memories": 60, "named_only": False, "max_answer_tokens": 256}
 LONG_LIMIT = 150  # questions about long dialogues in the default evaluation without --limit
 REAL_DATA = {"top_k": 10, "extract": True}  # defaults of flags where they differ from those of synthetic data
 REAL_MODEL = {"max_prompt_tokens": 4096, "max_new_tokens": 512}  # defaults if the model is not tiny
-MODELS = {"tiny": {}, "large": REAL_MODEL, "small": REAL_MODEL | {"distill": False, "extract": False}}
+SMALL_MODEL = REAL_MODEL | {  # below 1e9 parameters; as in train_answer.py
+    "distill": False, "extract": False, "memories": [8], "max_answer_tokens": 40}
+MODELS = {"tiny": {}, "large": REAL_MODEL, "small": SMALL_MODEL}
 BUILDERS = {"none": manager.noop_banks, "rag": manager.turn_banks, "full-context": manager.turn_banks,
             "oracle": manager.oracle_banks}  # baselines that need no model
 RAW = ("none", "rag", "full-context")  # no operations to report
@@ -325,12 +327,14 @@ class SystemFlags:
     answer: str | None = flag(None, "Answer Agents: runs, adapters, or base (base)", nargs="+")
     system: str | None = flag(None, f"baselines: {', '.join(BASELINES)}", nargs="+", choices=BASELINES, metavar="NAME")
     memories: int | None = flag(None, "memories shown: half from each speaker's bank (one bank: only this half); 60,30 "
-                                "compares several (4; trained Answer Agents 20; real data 60)", type=parse_counts,
+                                "compares several (4; trained Answer Agents 20; real data 60; models "
+                                "below 1e9 parameters 8)", type=parse_counts,
                                 metavar="N,N")
     named_only: bool | None = flag(None, "search only memories of the speakers that a question names (yes; trained "
                                    "Answer Agents and real data: no)")
     max_answer_tokens: int | None = flag(None, "length of an answer with its selection (48; trained Answer Agents "
-                                         "200; other models, real data or more memories 256)", least=1)
+                                         "200; other models, real data or more memories 256; models "
+                                         "below 1e9 parameters 40)", least=1)
     category: int | None = flag(None, "only questions of these categories", nargs="+")
     limit: int | None = flag(None, "only N questions: the first, or evenly spread if each has its own dialogue",
                               least=1)
@@ -357,7 +361,7 @@ def arguments(argv=None) -> argparse.Namespace:
     presets = (REAL_DATA if chosen.data != "synthetic" else {}) | MODELS[model_size(chosen.model)]
     parser = Parser(description=__doc__.split("\n\n")[0].strip(), usage="python %(prog)s [flags]",
                     epilog="examples:\n" + __doc__.split("\n\n")[1])
-    add_flags(parser, "systems and reports (none named: baselines, base, and all in runs/)", SystemFlags, {})
+    add_flags(parser, "systems and reports (none named: baselines, base, and all in runs/)", SystemFlags, presets)
     add_flags(parser, "data, models and memory (defaults for the given --data and --model)", SharedFlags, presets)
     args = parser.parse_args(argv)
     for flag_name, agents in (("--manager", args.manager), ("--answer", args.answer)):

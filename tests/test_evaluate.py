@@ -21,7 +21,7 @@ from data import Dialogue, Question, Turn, UsageError
 from evaluate import System, scores
 from memory import Memory
 from policy import Policy
-from support import report
+from support import cli, report
 from support.evaluation import Reranker, agent_name, select_questions
 
 ROOT = Path(__file__).parent.parent
@@ -281,6 +281,18 @@ def test_names_are_short_and_differ():
     with pytest.raises(UsageError, match="same name"):
         evaluate.make_systems(args, evaluate.SHORT, [("m", "base"), ("runs/m", "base")], "")
     assert replace(systems[0], system="") == System("", "base", "base", 4, True, 48)
+
+
+@pytest.mark.parametrize("model, flags, memories, tokens", [
+    ("Qwen/X", [], 60, 256), ("Qwen/S", [], 8, 40), ("Qwen/S", ["--memories", "12", "--max-answer-tokens", "9"], 12, 9)])
+def test_small_models_are_evaluated_as_they_are_trained(monkeypatch, model, flags, memories, tokens):
+    monkeypatch.setattr(cli, "num_parameters", {"Qwen/X": 3e9, "Qwen/S": 5e8}.get)
+    given = ["--data", "locomo", "--model", model]
+    args, trained = evaluate.arguments([*given, *flags]), train_answer.arguments(given)
+    system, = evaluate.make_systems(args, evaluate.REAL, [("rag", "base")], "")
+    assert (system.memories, system.max_answer_tokens) == (memories, tokens)
+    assert (args.distill, args.extract, args.top_k) == (trained.distill, trained.extract, trained.top_k)
+    assert flags or (memories, tokens) == (trained.memories, trained.max_new_tokens)
 
 
 def test_a_limit_takes_some_of_every_category(monkeypatch):
