@@ -341,7 +341,7 @@ class Policy:
         """
         Split this process's shard of the groups into lists of indices, one for each call of `score`: at most max_tokens
         including padding (0: as many as fit into memory), or a single group. If that group does not fit, gradient
-        checkpointing is turned on, or fails where the model does not support it; a warning says which, once.
+        checkpointing is turned on where the model supports it; a warning says once whether that is enough.
         """
         own = local_shard(range(len(prompts)))
         shapes = [(1, len(prompts[i]) + sum(map(len, completions[i]))) if self.packs
@@ -349,10 +349,11 @@ class Policy:
         largest = max((rows * width for rows, width in shapes), default=0)  # tokens
         if self.checkpointed_layers is None and not packing.fits_backward(self, largest):
             self.checkpointed_layers = self._checkpoint_layers()
-            advice = ("gradient checkpointing is on, which takes a third more time" if self.checkpointed_layers
-                      else "lower --max-prompt-tokens, --max-new-tokens or --group-size")
+            advice = (["gradient checkpointing is on, which takes a third more time"] * bool(self.checkpointed_layers)
+                      + ["lower --max-prompt-tokens, --max-new-tokens or --group-size"]
+                      * (not packing.fits_backward(self, largest)))
             logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: %s",
-                            self.name, largest, advice)
+                            self.name, largest, "; this may not be enough: ".join(advice))
         return [[own[i] for i in batch]
                 for batch in packing.batches_within(shapes, max_tokens or packing.max_train_tokens(self))]
 

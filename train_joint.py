@@ -196,4 +196,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    cli.exit_cleanly(distributed_main(main), resume_hint=RESUME_HINT)
+    cli.exit_cleanly(distributed_main(main), less="--max-prompt-tokens in --manager '...' and --answer '...'",
+                     resume_hint=RESUME_HINT)

@@ -213,7 +213,7 @@ def seed_everything(seed: int) -> None:
     transformers.set_seed(seed)
 
 
-def exit_cleanly(main, less="--micro-batch-tokens, --batch-size or --max-prompt-tokens, or add "
+def exit_cleanly(main, less="--micro-batch-tokens (such as 2000), --max-prompt-tokens or --max-new-tokens, or add "
                  "--gradient-checkpointing", resume_hint="") -> None:
     """
     Run a script's `main`: an error the user can fix is one line and exit code 2, Ctrl-C is exit code 130. `less`: what

@@ -173,6 +173,7 @@ def control_group_memory(root: str = "") -> list[int]:
 
 def describe_out_of_memory(error: BaseException) -> str:
     """The part of an error's text that says that a GPU or the machine is out of memory; "" for other errors."""
-    found = re.search(r"(MPS )?\w+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*",
+    found = re.search(r"(MPS )?[\w:]+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*"
+                      r"|Cannot allocate memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive",
                       " ".join(str(error).split()))
     return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""

@@ -284,7 +284,8 @@ def test_names_are_short_and_differ():
 
 
 @pytest.mark.parametrize("model, flags, memories, tokens", [
-    ("Qwen/X", [], 60, 256), ("Qwen/S", [], 8, 40), ("Qwen/S", ["--memories", "12", "--max-answer-tokens", "9"], 12, 9)])
+    ("Qwen/X", [], 60, 256), ("Qwen/S", [], 8, 40),
+    ("Qwen/S", ["--memories", "12", "--max-answer-tokens", "9"], 12, 9)])
 def test_small_models_are_evaluated_as_they_are_trained(monkeypatch, model, flags, memories, tokens):
     monkeypatch.setattr(cli, "num_parameters", {"Qwen/X": 3e9, "Qwen/S": 5e8}.get)
     given = ["--data", "locomo", "--model", model]

@@ -321,6 +321,9 @@ CPU = "[enforce fail at alloc_cpu:9] err == 0. DefaultCPUAllocator: {}: you trie
     (RuntimeError(CPU.format("can't allocate memory")), "can't allocate memory: you tried to allocate 9 bytes"),
     (RuntimeError(CPU.format("not enough memory")), "not enough memory: you tried to allocate 9 bytes"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)."), "MPS backend out of memory (MPS allocated: "),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "error: out of memory"),
+    (RuntimeError("could not create a primitive"), "could not create a primitive"),  # oneDNN
+    (MemoryError("std::bad_alloc"), "std::bad_alloc"),
     (MemoryError(), "out of memory"), (MemoryError("Unable to allocate 7.11 PiB"), "Unable to allocate 7.11 PiB")])
 def test_a_full_machine_costs_one_step_and_prints_one_line(tiny, tmp_path, capsys, error, words):
     def fail(_):

@@ -249,6 +249,16 @@ def test_a_model_without_gradient_checkpointing_says_once_what_to_lower(load, mo
     assert "(27 tokens) would not fit into memory: lower --max-prompt-tokens" in line and " is on" not in line
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_group_that_does_not_fit_with_gradient_checkpointing_either(load, monkeypatch, caplog, fits):
+    policy = load()
+    monkeypatch.setattr(packing, "fits_backward", lambda policy, tokens: fits and bool(policy.checkpointed_layers))
+    policy.micro_batches(PROMPTS, COMPLETIONS)
+    [line] = caplog.messages
+    assert "gradient checkpointing is on" in line
+    assert ("this may not be enough: lower --max-prompt-tokens" in line) != fits
+
+
 LONG = [[9] * 40], [[[8] * 10]]  # a group of one, as of a trajectory, wider than all others
 
 
