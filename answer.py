@@ -29,7 +29,7 @@ from manager import load_manager, print_safely, read_turn
 from memory import Memory, MemoryBank, make_embedder
 from support.cli import Parser, exit_cleanly, model_size
 from support.prompts import fit_prompt, generate, memory_lines
-from support.run import trained_distill
+from support.run import trained_settings
 from support.text import (
     MAX_ANSWER_CHARS,
     MAX_OUTPUT_CHARS,
@@ -265,7 +265,7 @@ def main(argv=None) -> None:
     manager = load_manager(args.model, args.manager)
     settings = CHAT[model_size(args.model)]
     if args.answer:
-        settings = replace(settings, distill=trained_distill(args.answer, settings.distill))
+        settings = replace(settings, distill=trained_settings(args.answer).get("distill", settings.distill))
         manager.policy.load_adapter("answer", args.answer)
     lines = [args.question] if args.question else iter(lambda: input(f"{args.name}> ").strip(), "")
     with suppress(EOFError):  # Ctrl-D ends a chat, as an empty line does

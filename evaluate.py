@@ -49,7 +49,7 @@ from support.evaluation import (
 from support.export import SUFFIXES, check_export, export_predictions
 from support.held_out import append_banks
 from support.judge import gold_of, make_judge
-from support.run import append_rows, check_distill, folder_lock, to_json_safe
+from support.run import append_rows, check_adapter, folder_lock, to_json_safe
 
 # Held-out data of the training scripts: Managers are tested on short synthetic dialogues, Answer Agents on long ones.
 SHORT = {"count": 32, "num_turns": 20, "memories": 4, "named_only": True, "max_answer_tokens": 48}
@@ -149,7 +149,7 @@ def load_agent(policy, agent: str, distill: bool | None) -> tuple:
     if agent in (*BASELINES, "base"):
         return policy, None
     if agent not in policy.adapters:  # `find_runs` has loaded some
-        check_distill(agent, distill)
+        check_adapter(agent, "manager" if distill is None else "answer", distill)
         policy.load_adapter(agent, agent)
     return policy, agent
 

@@ -281,8 +281,7 @@ class Policy:
             batch, waiting = waiting[:size], waiting[size:]
             completions = self._sample_batch([rows[key] for key in batch], max_new_tokens, temperature)
             done.update(zip(batch, completions, strict=True))
-            if self.device.type == "cpu":
-                packing.return_freed_memory()
+            packing.return_freed_memory(self.device)
         return all_gather([[done[key] for key in keys[i:i + n]] for i in range(0, len(keys), n)])
 
     def _batch_size(self, rows, max_new_tokens):

@@ -37,7 +37,7 @@ from support.distributed import RESUME_HINT, distributed_main, rank0_result
 from support.held_out import held_out_records
 from support.judge import make_scorer
 from support.loop import epoch_indices, make_adapter, run_training
-from support.run import check_distill, check_out
+from support.run import check_adapter, check_out
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
 NUM_DIALOGUES = 24  # synthetic dialogues to train on, with about 50 questions each
@@ -69,10 +69,15 @@ SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.
     "beta": 0.005,  # few steps do not move far
     "loss_mean": "token",  # else answers of one word outweigh lists
 }
-LARGE_MODEL = {  # for larger models
+LARGE_MODEL = {  # for larger models; not measured here, for want of a GPU
+    "reward": "em",  # as in the paper
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 256,  # the numbers of the relevant memories, then the answer
     "max_operation_tokens": 512,  # operations for all facts of a turn
+    "group_size": 8,  # answers cost little next to their prompt; also for PPO, so that both see as many
+    "batch_size": 16,  # 128 answers, from a tenth of the training conversation's questions
+    "minibatch": 4,  # four optimizer steps on a batch
+    "steps": {"grpo": 100, "ppo": 100, "sft": 50},  # the authors evaluated their agents after 30 to 120, SFT 50 to 60
     "lr": 2e-5,  # larger models need smaller steps
 }
 
@@ -219,14 +224,18 @@ class AnswerTask:
     def teacher_answers(self, episodes: Sequence[Episode]) -> list[answer.Answer]:
         """
         Answers to clone: a hosted model's, or the correct ones, which select the memories with evidence. With
-        distillation, a correct answer is invalid if some evidence is not shown: then no selection contains all of it.
+        distillation, answers without a selection are invalid, and correct ones if some evidence is not shown.
         """
         if self.teacher:
             settings = replace(self.settings, max_prompt_tokens=None)
             prompts = [answer.prompt_for(self.teacher, episode.shown, episode.item.question.text,
                                          episode.item.speakers, settings, episode.item.question.preface)
                        for episode in episodes]
-            return answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
+            answers = answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
+            selections = [tuple(i for i in given.selected if 1 <= i <= len(episode.shown))
+                          for given, episode in zip(answers, episodes, strict=True)]
+            return [replace(given, selected=own, is_valid=given.is_valid and (bool(own) or not settings.distill))
+                    for given, own in zip(answers, selections, strict=True)]
         literally = self.args.data == "synthetic"  # only there answers consist of words of the memories
         return [answer.Answer(episode.item.question.answer, tuple(sorted(episode.evidence())),
                               not self.args.distill or episode.implies_answer(literally)) for episode in episodes]
@@ -261,11 +270,11 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = arguments(argv)
     rank0_result(check_out, args)
+    cli.announce(args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
-    if args.init_adapter:
-        check_distill(args.init_adapter, args.distill)
     if args.manager_adapter:
+        check_adapter(args.manager_adapter, "manager")
         policy.load_adapter("manager", args.manager_adapter)
     make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, AnswerTask(policy, args), args)

@@ -186,6 +186,7 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespa
 def main(argv=None) -> None:
     args, settings = arguments(argv)
     rank0_result(check_out, args)
+    cli.announce(args, *settings.values())
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype,
                          any(own.gradient_checkpointing for own in settings.values()))

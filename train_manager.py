@@ -49,7 +49,7 @@ from support.judge import make_scorer
 from support.links import describe_links, linked_questions
 from support.loop import make_adapter, run_training
 from support.rollouts import Played
-from support.run import check_distill, check_out
+from support.run import check_adapter, check_out
 from support.trajectories import TrajectoryFlags, cut, draw, excess, num_words, outcomes
 
 ALGORITHMS = {"grpo": grpo, "ppo": ppo, "sft": sft}
@@ -77,10 +77,14 @@ SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, 
     "beta": 0.005,  # few steps do not move far
     "loss_mean": "token",  # else each token of a short NOOP weighs more than those of a long ADD
 }
-LARGE_MODEL = {  # for larger models
+LARGE_MODEL = {  # for larger models; not measured here, for want of a GPU
+    "reward": "em",  # as in the paper
     "max_prompt_tokens": 4096,  # 60 memories and the instruction
     "max_new_tokens": 512,  # operations for all facts of a turn
     "max_answer_tokens": 256,  # the selection comes before the answer
+    "group_size": 8,  # also for PPO, so that both see as many
+    "batch_size": 24,  # a quarter of the training conversation's turns with questions; 192 outputs
+    "steps": {"grpo": 50, "ppo": 50, "sft": 60},  # the authors evaluated their Managers after 8 to 55, SFT 50 to 60
     "lr": {"grpo": 2e-5, "ppo": 2e-5, "sft": 1e-4},  # larger models need smaller steps
 }
 
@@ -143,8 +147,7 @@ class ManagerTask:
         self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
                                  device=args.device, dtype=args.dtype)
         if self.dialogues:
-            horizon = args.horizon if args.bank == "trajectory" else 0
-            print(describe_links([cut(one, horizon) for one in self.dialogues], args), flush=True)
+            print(describe_links(self.dialogues, args), flush=True)
 
     def batch(self, step: int) -> list[Episode]:
         """The `--batch-size` episodes of a step. A pool holds the episodes of `--refresh` steps."""
@@ -383,10 +386,11 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = arguments(argv)
     rank0_result(check_out, args)
+    cli.announce(args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
-        check_distill(args.answer_adapter, args.distill)
+        check_adapter(args.answer_adapter, "answer", args.distill)
         policy.load_adapter("answer", args.answer_adapter)
     make_adapter(policy, args)
     run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)

@@ -189,6 +189,14 @@ def describe_presets(args: argparse.Namespace) -> str:
                     for name, value in args.presets.items() if getattr(args, name) == value)
 
 
+def announce(args: argparse.Namespace, *agents: argparse.Namespace) -> None:
+    """Print what a run is and which defaults were chosen, before models are loaded. `agents`: those of a joint run."""
+    print(f"{args.agent} by {args.algo}, seed {args.seed}, into {Path(args.out)}", flush=True)
+    for own in agents or [args]:
+        if chosen := describe_presets(own):
+            print(f"defaults{f' of the {own.agent}' * bool(agents)} for this model and data: {chosen}", flush=True)
+
+
 def make_teacher(args: argparse.Namespace) -> Endpoint | None:
     """The hosted model of --teacher endpoint; None for --teacher known."""
     return Endpoint.from_environment(args.agent.upper(), cache=TEACHER_REPLIES) if args.teacher == "endpoint" else None

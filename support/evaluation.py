@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import data
 from data import Dialogue, UsageError
 from support import report
-from support.run import append_rows, check_distill, read_config, read_rows, warn_once
+from support.run import append_rows, check_adapter, read_config, read_rows, warn_once
 
 
 def agent_name(agent: str) -> str:
@@ -46,7 +46,7 @@ def find_runs(policy, agent: str, distill: bool | None = None) -> dict[str, dict
         try:
             config = read_config(folder)
             if config["agent"] == agent:
-                check_distill(folder, distill)
+                check_adapter(folder, agent, distill)
                 policy.load_adapter(folder, folder)
                 found[folder] = config
         except UsageError as error:

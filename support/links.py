@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from data import Dialogue, Question, UsageError
+from support.trajectories import cut
 
 
 def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Question, ...]]:
@@ -27,7 +28,9 @@ def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Questio
 
 
 def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
-    """How many questions score a turn, and why the others do not. UsageError if none does."""
+    """How many questions (within --horizon) score a turn, and why the others do not. UsageError if none does."""
+    if args.bank == "trajectory":
+        dialogues = [cut(dialogue, args.horizon) for dialogue in dialogues]
     asked = [question for dialogue in dialogues for question in dialogue.questions]
     linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
     num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from data import UsageError
 from support import distributed
-from support.cli import describe_presets, from_args
-from support.packing import describe_out_of_memory
+from support.cli import from_args
+from support.packing import describe_out_of_memory, return_freed_memory
 from support.plots import plot_run
 from support.rollouts import Played
-from support.run import Run, disk_errors, folder_lock, warn_once
+from support.run import Run, check_adapter, disk_errors, folder_lock, warn_once
 from support.text import reasons_on
 
 REFERENCE = "reference"  # name of the frozen copy of --init-adapter
@@ -67,9 +67,6 @@ def run_training(algorithm, policy, task: Task, args, adapter=None) -> None:
     """`fit` in the folder args.out, locked against other processes, with the settings of the command line."""
     with folder_lock(Path(args.out)) if distributed.is_rank0() else nullcontext():
         run = Run(args.out, vars(args), args.resume, args.overwrite)
-        print(f"{args.agent} by {args.algo}, seed {args.seed}, into {run.folder}", flush=True)
-        if chosen := describe_presets(args):
-            print(f"defaults for this model and data: {chosen}", flush=True)
         fit(algorithm.train, policy, task, run, adapter or args.agent, from_args(algorithm.Config, args))
         if distributed.is_rank0():
             plot_run(args.out)
@@ -80,7 +77,8 @@ def make_adapter(policy, args) -> None:
     """Add the adapter to train: a new one, or --init-adapter with its rank and alpha, and a frozen copy."""
     if not args.init_adapter:
         return policy.add_adapter(args.agent, args.rank, args.alpha)
-    for name in (args.agent, REFERENCE):
+    check_adapter(args.init_adapter, args.agent, args.distill if args.agent == "answer" else None)
+    for name in (args.agent, *[REFERENCE] * (args.algo != "sft")):
         policy.load_adapter(name, args.init_adapter)
     args.rank, args.alpha = (policy.adapters[args.agent][name] for name in ("r", "lora_alpha"))
 
@@ -140,6 +138,7 @@ class Loop:
 
     def finish_step(self) -> None:
         """Write a checkpoint if one is due, and stop after Ctrl-C or too many refused updates."""
+        return_freed_memory(self.policy.device)
         stop = None
         if any(distributed.all_gather([self.run.is_interrupted])):
             stop = KeyboardInterrupt()

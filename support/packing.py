@@ -148,13 +148,14 @@ def free_memory(device) -> int:
     return min(free, *control_group_memory()) // world_size()  # the processes of torchrun share the machine
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(device) -> None:
     """
-    Let Linux's C library return freed memory to the system, also between memory in use. Sampling frees tensors of ever
-    different sizes, and the gaps would add up to gigabytes.
+    On a CPU, let Linux's C library return freed memory to the system, also between memory in use. Sampling and training
+    free tensors of ever different sizes, and the gaps would add up to gigabytes.
     """
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if device.type == "cpu":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def control_group_memory(root: str = "") -> list[int]:

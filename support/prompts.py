@@ -38,7 +38,8 @@ FACTS_SHOWN = [  # (turn, facts)
 
 def date_suffix(time: str) -> str:
     """The day: "3 May 2023" or "1:56 pm on 3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
-    day = re.sub(r"(?i)^\d{1,2}:\d\d *[ap]m on |,? \d{1,2}:\d\d$", "", time)
+    hour = r"\d{1,2}:\d\d(?::\d\d)?(?: *[ap]m)?"
+    day = re.sub(rf"(?i)^{hour} on |(?:,| at)? {hour}$|(?<=\d)T{hour}.*$", "", time)
     return f" ({day})" if day else ""
 
 

@@ -166,18 +166,21 @@ def read_config(folder: str | Path) -> dict:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({error!r})") from None
 
 
-def trained_distill(folder: str | Path, default: bool) -> bool:
-    """Whether an Answer Agent was trained with distillation; the default for an adapter without its run."""
+def trained_settings(folder: str | Path) -> dict:
+    """The settings of the run that an adapter belongs to; {} for an adapter without its run."""
     folder = Path(os.path.abspath(folder))
     for place in (folder, *folder.parents[:2 if folder.parent.name == "adapter" else 1]):
         with suppress(UsageError):  # adapter/answer is from a joint run
-            return read_config(place).get("distill", default)
-    return default
+            return read_config(place)
+    return {}
 
 
-def check_distill(folder: str | Path, distill: bool | None) -> None:
-    """Refuse an Answer Agent that was trained with the other prompt; `distill` None: it is a Manager."""
-    if distill not in (None, trained_distill(folder, distill)):
+def check_adapter(folder: str | Path, agent: str, distill: bool | None = None) -> None:
+    """Refuse an adapter of the other agent, or an Answer Agent that was trained with the other prompt (`distill`)."""
+    config = trained_settings(folder)
+    if config.get("agent", agent) not in (agent, "joint"):
+        raise UsageError(f"{folder} was trained as {config['agent']} agent, but is used as {agent} agent here")
+    if distill not in (None, config.get("distill", distill)):
         raise UsageError(f"{folder} was trained {'without' if distill else 'with'} distillation, but is used "
                          f"{'with' if distill else 'without'} it here")
 

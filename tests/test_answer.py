@@ -85,6 +85,9 @@ def test_prompt_of_the_tiny_model_by_hand():
 @pytest.mark.parametrize("time, shown", [
     ("1:56 pm on 8 May, 2023", " (8 May, 2023)"), ("10:04 AM on 19 June, 2023", " (19 June, 2023)"),
     ("2023/05/20 (Sat) 02:21", " (2023/05/20 (Sat))"), ("2023-05-20 14:00", " (2023-05-20)"),
+    ("2023-05-08 13:56:07", " (2023-05-08)"), ("2023-05-08T13:56", " (2023-05-08)"),
+    ("2023-05-08T13:56:07+02:00", " (2023-05-08)"), ("8 May 2023, 1:56 PM", " (8 May 2023)"),
+    ("8 May 2023 at 1:56 pm", " (8 May 2023)"), ("13:56 on 8 May 2023", " (8 May 2023)"),
     ("8 May 2023", " (8 May 2023)"), ("spring", " (spring)"), ("", "")])
 def test_times_are_shown_as_days(time, shown):
     assert date_suffix(time) == shown

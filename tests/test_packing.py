@@ -304,7 +304,7 @@ def test_freed_memory_between_memory_in_use_is_returned():
         before = resident()
         kept = [torch.ones(2**14) for _ in range(4000)][::10]  # of 64 KiB: 250 MiB, of which 25 stay
         freed = resident() - before
-        return_freed_memory()
+        return_freed_memory(torch.device("cpu"))
         print(freed, resident() - before)"""
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     freed, returned = map(int, found.split())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data import UsageError
-from support.run import Run, append_rows, check_distill, read_rows
+from support.run import Run, append_rows, check_adapter, read_rows
 
 CONFIG = {"steps": 60, "lr": 1e-5, "seed": 3}
 
@@ -140,13 +140,21 @@ def test_resuming_refuses_another_agent_algorithm_or_adapter(tmp_path, key, valu
 def test_an_answer_agent_of_the_other_prompt_is_refused(tmp_path, monkeypatch, adapter, config, is_refused):
     Run(tmp_path / config, {"agent": "joint", "algo": "grpo", "distill": False})
     with pytest.raises(UsageError, match="was trained without dist") if is_refused else contextlib.nullcontext():
-        check_distill(tmp_path / adapter, True)
-    check_distill(tmp_path / adapter, False)
-    check_distill(tmp_path / adapter, None)
+        check_adapter(tmp_path / adapter, "answer", True)
+    check_adapter(tmp_path / adapter, "answer", False)
+    check_adapter(tmp_path / adapter, "manager")
     (tmp_path / adapter).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(tmp_path / adapter)
     with pytest.raises(UsageError, match="was trained without dist") if is_refused else contextlib.nullcontext():
-        check_distill(".", True)
+        check_adapter(".", "answer", True)
+
+
+@pytest.mark.parametrize("adapter", ["run", "run/adapter"])
+def test_an_adapter_of_the_other_agent_is_refused(tmp_path, adapter):
+    Run(tmp_path / "run", {"agent": "manager", "algo": "grpo"})
+    check_adapter(tmp_path / adapter, "manager")
+    with pytest.raises(UsageError, match="was trained as manager agent, but is used as answer agent"):
+        check_adapter(tmp_path / adapter, "answer", True)
 
 
 def test_resuming_without_a_checkpoint_starts_again(tmp_path):

@@ -164,7 +164,9 @@ def test_without_any_evidence_there_is_nothing_to_clone(answer_task, tmp_path):
 def test_a_hosted_teacher_sees_the_same_memories_and_its_answers_are_put_into_our_format(
         answer_task, serve, tmp_path, monkeypatch):
     def teach(chat):
-        return "<think>1" if "cat" in chat[1]["content"].splitlines()[-2] else "I see.\nRelevant: 1.\n**Answer:** Rex"
+        question = chat[1]["content"].splitlines()[-2]
+        return ("<think>1" if "cat" in question else "Answer: Rex" if "Why?" in question  # nothing is selected
+                else "I see.\nRelevant: 1, 99.\n**Answer:** Rex")
     server = serve(rule=teach)
     monkeypatch.setenv("ANSWER_URL", server.url)
     monkeypatch.setenv("ANSWER_MODEL", "big")
@@ -173,8 +175,8 @@ def test_a_hosted_teacher_sees_the_same_memories_and_its_answers_are_put_into_ou
     prompts, completions, report = answer_task(*flags).demonstrations()
     made = answer_task(*flags)
     assert (prompts, completions, report) == made.demonstrations() and len(server.requests) == 3
-    assert report == {"invalid_rate": pytest.approx(1 / 3)}
-    assert {made.policy.decode(ids) for ids in completions} == {"relevant: 1\nanswer: Rex"}
+    assert report == {"invalid_rate": pytest.approx(2 / 3)}
+    assert [made.policy.decode(ids) for ids in completions] == ["relevant: 1\nanswer: Rex"]
     shown, *_ = (re.findall(r"(?m)^\d+ .*$", made.policy.decode(prompt)) for prompt in prompts)
     assert len(shown) == 30 and all(re.findall(r"(?m)^\d+ .*$", request["messages"][1]["content"]) == shown
                                     for request in server.requests)

@@ -118,11 +118,12 @@ def test_episodes_samples_and_a_hosted_teacher_show_the_preface_of_a_question(ma
     item, encoded, encode = hand_made().item, [], made.policy.encode
     monkeypatch.setattr(made.policy, "encode", lambda chat: encoded.append(chat[-1]["content"]) or encode(chat))
     monkeypatch.setattr(made, "teacher", made.policy, raising=False)
-    monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: prompts)
+    taught, given = [], answer.parse("relevant: 1\nanswer: Rex")
+    monkeypatch.setattr(answer, "generate_answers", lambda policy, prompts, *_: taught.extend(prompts) or [given])
     episode = made.make_episode(replace(item, question=replace(item.question, preface=preface)), 4)
-    [taught] = made.teacher_answers([episode])
+    assert made.teacher_answers([episode]) == [given]
     texts = {*encoded, made.sample(episode, answer.parse("answer: Rex"), 1.0)["prompt"]}
-    assert len(texts) == 1 and taught.prompt == episode.prompt
+    assert len(texts) == 1 and taught[0].prompt == episode.prompt
     assert texts.pop().startswith(f"question: {preface} Which dog does Ann have?\n".replace(":  ", ": "))
 
 
@@ -172,7 +173,8 @@ TINY = {"out": "runs/answer-grpo", "steps": 40, "batch_size": 16, "group_size": 
         "memories": 20, "named_only": False, "extract": False, "distill": True, "eval": 8, "bank": "manager",
         "reward": "em", "warmup": 5, "beta": 0.01}
 REAL_DATA = {"top_k": 10, "memories": 60, "extract": True, "eval": 1, "loss_mean": "completion"}
-LARGE = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5}
+LARGE = {"max_new_tokens": 256, "max_operation_tokens": 512, "max_prompt_tokens": 4096, "lr": 2e-5,
+         "steps": 100}
 SMALL = {"extract": False, "bank": "turns", "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
          "max_new_tokens": 40, "max_operation_tokens": 256, "group_size": 16, "batch_size": 8, "minibatch": 4,
          "steps": 40, "lr": 1e-4, "warmup": 3, "beta": 0.005, "loss_mean": "token"}

@@ -98,7 +98,7 @@ def test_the_bank_of_the_window_holds_the_oldest_evidence_that_is_allowed(window
 
 
 def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
-    args = SimpleNamespace(data="mine", window=3)
+    args = SimpleNamespace(data="mine", window=3, bank="base")
     dialogues = [evidence_dialogue(a="52", b="50", c=""), evidence_dialogue(d="5", e="1", f="50")]
     assert train_manager.describe_links(dialogues, args) == (
         "--data mine: 3 of 6 questions score 3 turns; left out: 1 without evidence, 2 whose evidence is more than "
@@ -200,7 +200,7 @@ TINY = {"out": "runs/manager-grpo", "steps": 90, "batch_size": 24, "group_size":
         "trajectories": 4, "conversations": 3, "refresh": 3, "window": 50, "distill": True, "reward": "em"}
 REAL_DATA = {"top_k": 10, "memories": 60, "named_only": False, "extract": True, "bank": "base", "trajectories": 0,
              "refresh": 5, "linked": "mean", "eval": 1, "loss_mean": "completion"}
-LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5}
+LARGE = {"max_new_tokens": 512, "max_answer_tokens": 256, "max_prompt_tokens": 4096, "lr": 2e-5, "steps": 50}
 SMALL = {"extract": False, "window": 3, "memories": 8, "distill": False, "reward": "f1", "max_prompt_tokens": 2048,
          "max_new_tokens": 256, "max_answer_tokens": 40, "group_size": 8, "batch_size": 8, "minibatch": 4, "steps": 30,
          "lr": 1e-4, "loss_mean": "token"}
@@ -250,7 +250,8 @@ def test_the_defaults_that_were_chosen_are_told_as_flags():
     begin = ["--data", "locomo", "--model", "Qwen/X"]
     told = cli.describe_presets(train_manager.arguments([*begin, "--lr", "0.5", "--no-extract"]))
     assert told == ("--top-k 10 --memories 60 --loss-mean completion --eval 1 --bank base --linked mean "
-                    "--no-named-only --max-prompt-tokens 4096 --max-new-tokens 512 --max-answer-tokens 256")
+                    "--no-named-only --reward em --max-prompt-tokens 4096 --max-new-tokens 512 "
+                    "--max-answer-tokens 256 --group-size 8 --batch-size 24 --steps 50")
     again = train_manager.arguments([*begin, *told.split()])
     assert again == train_manager.arguments(begin), "they can be copied"
 
