@@ -5,9 +5,10 @@ LoRA adapters on disk, in PEFT's format: adapter_config.json and adapter_model.s
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from data import UsageError
+from support.run import write_file
 
 UNDERSTOOD = {  # fields of adapter_config.json with the values of plain LoRA; () stands for any value
     "peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "use_rslora": (True, False),
@@ -30,10 +31,8 @@ def write_adapter(folder, base_model: str, matrices: dict, shape: dict) -> None:
               "target_modules": sorted({path.split(".")[-1] for path in matrices}),
               "lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "inference_mode": True}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-    (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        (folder / f"{file}.tmp").replace(folder / file)
+    write_file(folder / "adapter_model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 def read_adapter(folder):

@@ -28,7 +28,6 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import UsageError
@@ -52,10 +51,9 @@ def disk_errors(folder):
     """Turn a full disk or missing permissions into a one-line error."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"the folder {folder} cannot be written ({reason}): fix this or choose another place; files "
-                         "that are already written stay") from None
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be written ({error.strerror or error}): fix this or choose "
+                         "another place; files that are already written stay") from None
 
 
 def write_file(path, content: bytes) -> None:
