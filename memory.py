@@ -16,17 +16,18 @@ Shapes: n texts become vectors (n, dim) of unit length. A score is an inner prod
 import support.installed  # noqa: F401  # isort: skip  names missing packages
 import argparse
 import json
-import os
 import re
 import zlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
 import hnswlib
 import numpy as np
 
 from data import UsageError
 from support.encoder import Encoder
+from support.run import write_file
 
 EXACT_UP_TO = 20_000  # entries of one speaker; exact search takes 0.1 ms for 1,000 entries, 1 ms for 10,000
 MAX_CHANGED = 1 / 8  # fraction of a speaker's entries that may change before a rebuild of the index (0.5 ms for 1,000)
@@ -263,12 +264,9 @@ class MemoryBank:
         """Write the bank to a JSON file atomically. UsageError if it cannot be written."""
         content = {"format": FILE_FORMAT, "embedder": self.embedder.name,
                    "next_id": self._next_id, "memories": [asdict(memory) for memory in self]}
+        text = json.dumps(content, ensure_ascii=False, indent=1)
         try:
-            with open(f"{path}.tmp", "w", encoding="utf-8", errors="surrogatepass") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
+            write_file(Path(path), text.encode("utf-8", "surrogatepass"))
         except OSError as error:
             raise UsageError(f"{path}: the memory bank cannot be written ({error.strerror}); "
                              "give a file in a folder that exists and has room") from error
