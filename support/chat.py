@@ -4,7 +4,7 @@ from datetime import datetime
 from itertools import product
 
 from data import UsageError, is_tiny
-from support.text import normalize_whitespace
+from support.text import chat_messages, normalize_whitespace
 
 DATE = datetime(2024, 7, 26)  # some templates write today's date: prompts must not change from day to day
 OPTIONS = {"date_string": f"{DATE:%d %b %Y}", "enable_thinking": False}  # names that templates of Llama and Qwen3 read
@@ -33,8 +33,7 @@ class ChatTemplate:
             self.template = FIXED_DATE + self.template
         if self.template and not is_tiny(name):
             self._find_format(name)
-        end_of_turn = self._find_end_of_turn()
-        self.end_of_turn = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
+        self.end_of_turn = self._find_end_of_turn()
 
     def render(self, messages: list[dict], **options):
         """Token ids of a chat, or its text with tokenize=False."""
@@ -51,8 +50,7 @@ class ChatTemplate:
         reason = "it drops the user's message"
         for self.merges_system, self.uses_parts in product((False, True), repeat=2):
             try:
-                text = self.render([message("system", SYSTEM), message("user", USER)], tokenize=False,
-                                   add_generation_prompt=True)
+                text = self.render(chat_messages(SYSTEM, USER), tokenize=False, add_generation_prompt=True)
             except Exception as error:  # whatever a template raises; some refuse system messages
                 reason = normalize_whitespace(str(error))[:200]
                 continue
@@ -66,16 +64,13 @@ class ChatTemplate:
                             "put at the head of the user's message", name)
 
     def _find_end_of_turn(self):
-        """The special token after an assistant's reply, or None. A base model's EOS token can be another one."""
+        """The special token after an assistant's reply, else the EOS token. A base model's EOS can be another one."""
+        chat = [{"role": "user", "content": USER}, {"role": "assistant", "content": REPLY}]
         try:
-            text = self.render([message("user", USER), message("assistant", REPLY)], tokenize=False)
+            text = self.render(chat, tokenize=False)
         except Exception:  # there is no template, or it cannot render replies
-            return None
+            return self.tokenizer.eos_token_id
         _, reply, after = text.rpartition(REPLY)
         ids = self.tokenizer.encode(after.lstrip(), add_special_tokens=False) if reply else []
         special = {*self.tokenizer.added_tokens_decoder} - {self.tokenizer.unk_token_id}
-        return ids[0] if ids and ids[0] in special else None
-
-
-def message(role, content):
-    return {"role": role, "content": content}
+        return ids[0] if ids and ids[0] in special else self.tokenizer.eos_token_id
