@@ -329,14 +329,10 @@ def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = 
 def turn_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
     """Baseline: banks of the raw turns, each with its speaker's name, as in retrieval-augmented generation."""
     def decide(batch):
-        texts = [raw_text(turn) for _, _, turn in batch]
+        texts = [f"{turn.speaker}: {turn.text}" for _, _, turn in batch]
         embedder.embed(texts)  # in one call; `add` then finds the vectors in the cache
         return [[Edit("ADD", None, text)] for text in texts]
     return build_in_lockstep(dialogues, embedder, decide)
-
-
-def raw_text(turn: Turn) -> str:
-    return f"{turn.speaker}: {turn.text}"
 
 
 def noop_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
