@@ -36,19 +36,11 @@ from policy import Policy
 from support import report
 from support.cli import Parser, add_flags, exit_cleanly, flag, from_args, model_size, seed_everything
 from support.endpoint import Endpoint
-from support.evaluation import (
-    RecordedPolicy,
-    Reranker,
-    agent_name,
-    batches,
-    find_runs,
-    keep_freed_memory,
-    select_questions,
-    weights_of,
-)
+from support.evaluation import RecordedPolicy, Reranker, agent_name, batches, find_runs, select_questions, weights_of
 from support.export import SUFFIXES, check_export, export_predictions
 from support.held_out import append_banks
 from support.judge import gold_of, make_judge
+from support.packing import keep_freed_memory
 from support.run import append_rows, check_adapter, folder_lock, to_json_safe
 
 # Held-out data of the training scripts: Managers are tested on short synthetic dialogues, Answer Agents on long ones.

@@ -1,10 +1,8 @@
 """Parts of evaluate.py: find runs, select questions, record the replies of a policy, rerank memories."""
-import ctypes
 import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +21,6 @@ from support.run import append_rows, check_adapter, read_config, read_rows, warn
 def agent_name(agent: str) -> str:
     """./runs/manager-grpo/adapter -> manager-grpo"""
     return os.path.relpath(agent).removesuffix("/adapter").removeprefix("runs/")
-
-
-def keep_freed_memory() -> None:
-    """Let Linux's C library keep freed memory: on a CPU, clearing new memory is a quarter of a real model's time."""
-    with suppress(OSError, AttributeError):  # another C library
-        set_option = ctypes.CDLL("libc.so.6").mallopt
-        set_option(-4, 0)  # M_MMAP_MAX: large tensors come from the heap
-        set_option(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap returns its end only if 2 GiB of it are free
 
 
 def batches(items: Sequence, size: int) -> list:

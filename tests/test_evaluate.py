@@ -330,7 +330,7 @@ def test_freed_memory_is_reused():
     code = """if True:
         import resource
         import torch
-        from support.evaluation import keep_freed_memory
+        from support.packing import keep_freed_memory
         def page_faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(20):
