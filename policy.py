@@ -316,10 +316,9 @@ class Policy:
         return [Completion(ids[:length], logp[:length], is_finished, self.decode(ids[:length - is_finished]))
                 for ids, logp, length, is_finished in columns]
 
-    def pack_batch(self, prompts, completions, padded=False) -> PackedBatch:
-        """Groups as rows: packed where the model allows it, else (or if `padded`) one row per completion."""
-        return (packing.pack_groups if self.packs and not padded else packing.pad_groups)(
-            prompts, completions, self.device)
+    def pack_batch(self, prompts, completions) -> PackedBatch:
+        """Groups as rows: packed where the model allows it, else one row per completion."""
+        return (packing.pack_groups if self.packs else packing.pad_groups)(prompts, completions, self.device)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The last hidden states that predict the completion tokens, (T, H)."""
@@ -327,12 +326,12 @@ class Policy:
                                        position_ids=batch.positions, use_cache=False).last_hidden_state
         return states.flatten(0, 1).index_select(0, batch.predictors)
 
-    def score(self, prompts, completions, temperature=1.0, padded=False) -> Scores:
+    def score(self, prompts, completions, temperature=1.0) -> Scores:
         """
         The log-prob of every token of completions[p][g] after prompts[p], and the policy's entropy there. Call
         backward inside the same `using` block: gradient checkpointing recomputes the layers.
         """
-        batch = self.pack_batch(prompts, completions, padded)
+        batch = self.pack_batch(prompts, completions)
         logp, entropy = token_scores(self.hidden(batch), self.head, batch.targets, temperature)
         return Scores(scatter_to_mask(logp, batch.mask), scatter_to_mask(entropy, batch.mask), batch.mask)
 
