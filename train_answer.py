@@ -270,13 +270,13 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = arguments(argv)
     rank0_result(check_out, args)
-    cli.announce(args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.manager_adapter:
         check_adapter(args.manager_adapter, "manager")
         policy.load_adapter("manager", args.manager_adapter)
     make_adapter(policy, args)
+    cli.announce(args)
     run_training(ALGORITHMS[args.algo], policy, AnswerTask(policy, args), args)
 
 

@@ -186,12 +186,12 @@ def arguments(argv=None) -> tuple[argparse.Namespace, dict[str, argparse.Namespa
 def main(argv=None) -> None:
     args, settings = arguments(argv)
     rank0_result(check_out, args)
-    cli.announce(args, *settings.values())
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype,
                          any(own.gradient_checkpointing for own in settings.values()))
     for name, own in settings.items():
         policy.add_adapter(name, own.rank, own.alpha)
+    cli.announce(args, *settings.values())
     algorithm = SimpleNamespace(train=make_train(settings), Config=grpo.Config)
     run_training(algorithm, policy, JointTask(policy, settings, args), args, tuple(AGENTS))
 

@@ -386,13 +386,13 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = arguments(argv)
     rank0_result(check_out, args)
-    cli.announce(args)
     cli.seed_everything(args.seed)
     policy = Policy.load(args.model, args.device, args.dtype, args.gradient_checkpointing)
     if args.answer_adapter:
         check_adapter(args.answer_adapter, "answer", args.distill)
         policy.load_adapter("answer", args.answer_adapter)
     make_adapter(policy, args)
+    cli.announce(args)
     run_training(ALGORITHMS[args.algo], policy, ManagerTask(policy, args), args)
 
 

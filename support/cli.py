@@ -190,11 +190,11 @@ def describe_presets(args: argparse.Namespace) -> str:
 
 
 def announce(args: argparse.Namespace, *agents: argparse.Namespace) -> None:
-    """Print what a run is and which defaults were chosen, before models are loaded. `agents`: those of a joint run."""
+    """Print what a run is and which defaults were chosen, before banks are built. `agents`: those of a joint run."""
     print(f"{args.agent} by {args.algo}, seed {args.seed}, into {Path(args.out)}", flush=True)
     for own in agents or [args]:
         if chosen := describe_presets(own):
-            print(f"defaults{f' of the {own.agent}' * bool(agents)} for this model and data: {chosen}", flush=True)
+            print(f"defaults{f' of the {own.agent} agent' * bool(agents)} for this model and data: {chosen}", flush=True)
 
 
 def make_teacher(args: argparse.Namespace) -> Endpoint | None:

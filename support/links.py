@@ -35,8 +35,8 @@ def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> s
     linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
     num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
     if not linked:
-        reason = (f"fits into --window {args.window}" if without < len(asked) else "names a turn as evidence" if asked
-                  else "has its evidence within --horizon")
+        reason = (f"fits into --window {args.window}" if without < len(asked) else
+                  "has its evidence within --horizon" if args.horizon else "names a turn as evidence")
         raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be scored")
     return (f"--data {args.data}: {num_linked} of {len(asked)} questions score {len(linked)} turns; left out: "
             f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "

@@ -251,7 +251,7 @@ def started(tiny_folder, tmp_path):
 
     def start():
         policy = Policy.load(tiny_folder, device="cpu")
-        args = SimpleNamespace(agent="agent", init_adapter=tmp_path / "made", rank=16, alpha=32.0)
+        args = SimpleNamespace(agent="agent", algo="grpo", init_adapter=tmp_path / "made", rank=16, alpha=32.0)
         make_adapter(policy, args)
         assert (args.rank, args.alpha) == (3, 9) and set(policy.adapters) == {"agent", REFERENCE}
         return policy

@@ -14,6 +14,7 @@ import train_joint
 import train_manager
 from data import UsageError
 from policy import Policy
+from support import cli
 from support.loop import Loop
 from support.run import Run, read_rows, warn_once
 
@@ -133,6 +134,15 @@ def test_the_flags_of_each_script():
     real = train_joint.arguments(["--model", "Qwen/X", "--data", "locomo", "--eval", "2"])[1]
     assert real["manager"].bank == "base" and real["manager"].memories == real["answer"].memories == 60
     assert real["answer"].bank == "manager" and {one.eval for one in real.values()} == {2}
+
+
+def test_a_joint_run_tells_the_defaults_of_each_agent(capsys):
+    args, settings = train_joint.arguments(["--data", "locomo"])
+    cli.announce(args, *settings.values())
+    first, own, other = capsys.readouterr().out.splitlines()
+    assert first == "joint by grpo, seed 0, into runs/joint"
+    assert own.startswith("defaults of the manager agent for this model and data: --") and "--linked mean" in own
+    assert other.startswith("defaults of the answer agent for") and "--linked" not in other
 
 
 @pytest.mark.parametrize("flags, message", [
