@@ -141,8 +141,7 @@ class AnswerTask:
         if args.algo == "sft":
             self.teacher = cli.make_teacher(args)
         else:
-            self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
-                                     device=args.device, dtype=args.dtype)
+            self.score = make_scorer(policy, args, answer.REWARDS)
         self.read_dialogues()
 
     def read_dialogues(self) -> None:

@@ -144,8 +144,7 @@ class ManagerTask:
         if args.algo == "sft":
             self.teacher = cli.make_teacher(args)
             return
-        self.score = make_scorer(args.reward, answer.REWARDS, args.judge, policy, args.judge_tokens,
-                                 device=args.device, dtype=args.dtype)
+        self.score = make_scorer(policy, args, answer.REWARDS)
         if self.dialogues:
             print(describe_links(self.dialogues, args), flush=True)
 

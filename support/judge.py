@@ -6,6 +6,7 @@ also be the reward. The rubric is Mem0's in other words. It is lenient: a vague 
     judge([("Which car does Jon drive?", "a Kia", "Kia")])      # [1.0]
     judge.reasons                            # ['The same car. {"label": "CORRECT"}']
 """
+import argparse
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -101,8 +102,8 @@ def make_judge(where: str, policy=None, max_new_tokens: int = 512, **options) ->
     return Judge(policy if where == "base" else policy.load(where, **options), max_new_tokens)
 
 
-def make_scorer(reward: str, metrics: dict[str, Callable], *judge, **options) -> Callable[[Sequence], list[float]]:
-    """A function that scores (question, prediction, gold) triples: make_judge(*judge, **options) or metrics[reward]."""
-    if reward == "judge":
-        return make_judge(*judge, **options)
-    return lambda triples: [metrics[reward](prediction, gold) for _, prediction, gold in triples]
+def make_scorer(policy, args: argparse.Namespace, metrics: dict[str, Callable]) -> Callable[[Sequence], list[float]]:
+    """A function that scores (question, prediction, gold) triples: the judge, or the metric of --reward."""
+    if args.reward == "judge":
+        return make_judge(args.judge, policy, args.judge_tokens, device=args.device, dtype=args.dtype)
+    return lambda triples: [metrics[args.reward](prediction, gold) for _, prediction, gold in triples]

@@ -1,5 +1,6 @@
 """The judge on a local server and on a fake policy: verdicts, reasons, unreadable replies; the composite reward."""
 import json
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -16,6 +17,10 @@ from support.judge import Judge, judge_messages, make_judge, make_scorer, verdic
 RIGHT, FALSE = ("Which car?", "a Kia", "Kia"), ("Which dog?", "Rex", "Buddy")
 GOOD, BAD = 'The same. {"label": "CORRECT"}', 'Another dog. {"label": "WRONG"}'
 MANY = [(f"Question {i}?", "a Kia", "Kia") for i in range(40)]
+
+
+def scorer(reward, policy=None, judge="endpoint"):
+    return make_scorer(policy, Namespace(reward=reward, judge=judge, judge_tokens=50, device=None, dtype=None), REWARDS)
 
 
 def by_gold(chat):
@@ -99,7 +104,7 @@ def test_an_empty_prediction_is_wrong_unasked(serve, cache):
     server = serve()
     judge = judge_of(server, cache)
     empty = [("Q?", text, gold) for text in ("", " \n") for gold in ("Kia", "")]
-    for score in (judge, *(make_scorer(reward, REWARDS) for reward in REWARDS)):
+    for score in (judge, *map(scorer, REWARDS)):
         assert score(empty) == [0.0] * 4
     assert server.requests == [] and judge.unreadable == 0 and judge.reasons == [""] * 4
     assert judge([empty[0], RIGHT, empty[1]]) == [0, 1, 0] and len(server.requests) == 1
@@ -188,7 +193,7 @@ def test_a_hosted_judge_from_the_environment(serve, cache, monkeypatch):
     monkeypatch.setattr(judges, "CACHE", cache)
     assert make_judge("endpoint", max_new_tokens=50)([RIGHT, FALSE]) == [1, 0]
     assert {(request["model"], request["max_tokens"]) for request in server.requests} == {("small", 50)}
-    assert make_scorer("judge", REWARDS, "endpoint", max_new_tokens=50)([FALSE]) == [0] and len(server.requests) == 2
+    assert scorer("judge")([FALSE]) == [0] and len(server.requests) == 2
 
 
 # --- rewards ---
@@ -211,12 +216,12 @@ def test_composite_stays_in_its_range(one, other):
 
 def test_scorers(fake):
     triples = [RIGHT, FALSE, ("Which car?", "red Kia", "Kia")]
-    assert make_scorer("em", REWARDS)(triples) == [1, 0, 0]
-    assert make_scorer("f1", REWARDS)(triples) == pytest.approx([2 / 3, 0, 2 / 3])
-    assert make_scorer("composite", REWARDS)(triples) == pytest.approx([5 / 3, 0, 2 / 3 - 1 / 4])
+    assert scorer("em")(triples) == [1, 0, 0]
+    assert scorer("f1")(triples) == pytest.approx([2 / 3, 0, 2 / 3])
+    assert scorer("composite")(triples) == pytest.approx([5 / 3, 0, 2 / 3 - 1 / 4])
     policy = fake(by_gold)
     policy.name = "local"
-    assert make_scorer("judge", REWARDS, "base", policy)(triples) == [1, 0, 1]
+    assert scorer("judge", policy, "base")(triples) == [1, 0, 1]
 
 
 def test_the_messages_of_a_judge():
