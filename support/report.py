@@ -249,7 +249,6 @@ def write_results(args, lines: dict[tuple, dict]) -> None:
                    "rows": [make_row(some, args.seed) for some in systems.values()]}
         predictions = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
         with disk_errors(Path(args.out).parent):
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             write_file(Path(args.out), json.dumps(to_json_safe(results), indent=1).encode() + b"\n")
             write_file(beside(args.out, "predictions"), predictions.encode("utf-8", "replace"))
 
