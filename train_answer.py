@@ -52,22 +52,13 @@ ANSWER_AGENT = {  # defaults of flags where they differ from those of the Manage
     "max_new_tokens": 200,  # a verdict on each memory, then the answer
     "eval": 8,  # about 400 questions
 }
-SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
-    "extract": False,  # as in train_manager.py
-    "memories": 8,  # more distract it: F1 .32 with 8 or 12, .29 with 16; and 8 take two thirds of the time of 12
-    "distill": False,  # selecting first probably costs a third of the F1: .209 instead of .327 (17 questions)
-    "reward": "f1",  # EM is nearly always 0 at the start; composite shortens answers first: more EM, the same F1
-    "max_prompt_tokens": 2048,  # 8 turns take about 540
+SMALL_MODEL = {  # for real models below 1e9 parameters
+    **cli.SMALL_MODEL,
     "max_new_tokens": 40,  # six words, with room for a sentence
     "max_operation_tokens": 256,  # operations for all facts of a turn
     "group_size": 16,  # short answers cost little next to their prompt; also for PPO, so that both see as many
     "batch_size": 8,  # 128 answers: about a minute a step on one CPU core
-    "minibatch": 4,  # two optimizer steps on a batch
     "steps": 40,  # two passes through the 152 questions of the training conversation
-    "lr": 1e-4,  # LoRA tolerates larger steps on small models
-    "warmup": 3,  # a tenth of the steps
-    "beta": 0.005,  # few steps do not move far
-    "loss_mean": "token",  # else answers of one word outweigh lists
 }
 LARGE_MODEL = {  # for larger models; not measured here, for want of a GPU
     "reward": "em",  # as in the paper

@@ -59,23 +59,14 @@ REAL_DATA = {  # defaults of flags where they differ from those of synthetic dat
     "linked": "mean",  # a turn may have many linked questions, and all are rarely right at once
     "named_only": False,  # as in the paper
 }
-SMALL_MODEL = {  # for real models below 1e9 parameters; as in train_answer.py, where they are measured
-    "extract": False,  # its lists of facts lose much: stored, they give F1 .20, raw turns .32 (docs/results.md)
+SMALL_MODEL = {  # for real models below 1e9 parameters
+    **cli.SMALL_MODEL,
     "window": 3,  # LoCoMo: 117 of the 127 questions that 50 turns allow, with banks that cost a sixteenth
-    "memories": 8,  # more distract a small Answer Agent
-    "distill": False,  # selecting first probably costs a small Answer Agent a third of its F1
-    "reward": "f1",  # its answers are rarely exact
-    "max_prompt_tokens": 2048,  # longer ones do not fit into 8 GB with their gradients
     "max_new_tokens": 256,  # operations for all facts of a turn
     "max_answer_tokens": 40,  # six words, with room for a sentence
     "group_size": 8,  # also for PPO, so that both learn from equally many outputs
     "batch_size": 8,  # 64 outputs, each with answers to its linked questions: minutes on a CPU
-    "minibatch": 4,  # two optimizer steps on a batch
     "steps": 30,  # 240 turns: every turn that questions score appears twice on average
-    "lr": 1e-4,  # LoRA tolerates larger steps on small models
-    "warmup": 3,  # a tenth of the steps
-    "beta": 0.005,  # few steps do not move far
-    "loss_mean": "token",  # else each token of a short NOOP weighs more than those of a long ADD
 }
 LARGE_MODEL = {  # for larger models; not measured here, for want of a GPU
     "reward": "em",  # as in the paper

@@ -1,7 +1,7 @@
 """
 The command line of the scripts: flags, one-line errors, exit codes. A dataclass field made by `flag` is both a setting
-and a flag. Defaults that differ by algorithm, data or the model's size are presets: dicts at the top of each training
-script.
+and a flag. Defaults that differ by algorithm, data or the model's size are presets: dicts here and at the top of each
+training script.
 
     steps: int = flag(90, "training steps", least=1)       # --steps N   training steps (90)
 """
@@ -26,7 +26,7 @@ from support.endpoint import Endpoint
 from support.packing import describe_out_of_memory
 from support.pretrained import num_parameters
 
-SMALL_MODEL = 10**9  # models with fewer parameters are small; the tiny model has presets of its own
+SMALL_BELOW = 10**9  # models with fewer parameters are small; the tiny model has presets of its own
 TEACHER_REPLIES = "~/.cache/memory-r1/teacher.jsonl"  # cache of a hosted teacher
 BOUNDS = {"least": "at least", "most": "at most", "above": "above"}
 REAL_DATA = {  # defaults of flags for real data, where they differ from those of synthetic data
@@ -35,6 +35,18 @@ REAL_DATA = {  # defaults of flags for real data, where they differ from those o
     "memories": 60,  # as in the paper: 30 of each speaker
     "loss_mean": "completion",  # as published
     "eval": 1,  # one LoCoMo dialogue has more than 100 questions
+}
+SMALL_MODEL = {  # for real models below 1e9 parameters, measured with one of 0.5e9 on LoCoMo (docs/results.md)
+    "extract": False,  # its lists of facts lose much: stored, they give F1 .20, raw turns .32
+    "memories": 8,  # more distract it: F1 .32 with 8 or 12, .29 with 16; and 8 take two thirds of the time of 12
+    "distill": False,  # selecting first probably costs a third of the F1: .209 instead of .327 (17 questions)
+    "reward": "f1",  # EM is nearly always 0 at the start; composite shortens answers first: more EM, the same F1
+    "max_prompt_tokens": 2048,  # 8 turns take about 540; longer prompts do not fit into 8 GB with their gradients
+    "minibatch": 4,  # two optimizer steps on a batch
+    "lr": 1e-4,  # LoRA tolerates larger steps on small models
+    "warmup": 3,  # a tenth of the steps
+    "beta": 0.005,  # few steps do not move far
+    "loss_mean": "token",  # else each token of a short output (NOOP, one word) weighs more than those of a long one
 }
 
 
@@ -155,7 +167,7 @@ def model_size(model: str) -> str:
     if is_tiny(model):
         return "tiny"
     with suppress(UsageError):
-        return "small" if num_parameters(model) < SMALL_MODEL else "large"
+        return "small" if num_parameters(model) < SMALL_BELOW else "large"
     return "large"
 
 
