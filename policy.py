@@ -157,10 +157,9 @@ def with_checkpoint(forward):
 class Policy:
     """One base model with named LoRA adapters."""
 
-    def __init__(self, model, tokenizer, name="", gradient_checkpointing=False, max_batch_tokens=None):
+    def __init__(self, model, tokenizer, name="", gradient_checkpointing=False):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.head = model.device, model.get_output_embeddings()
-        self.max_batch_tokens = max_batch_tokens  # tokens of a batch in `sample`; None: as many as fit
         self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # tokens, or None
         self.chat = ChatTemplate(tokenizer, name)
         eos = getattr(model.generation_config, "eos_token_id", None)
@@ -183,9 +182,9 @@ class Policy:
             raise UsageError(f"model {name}: does not support --gradient-checkpointing; leave the flag out")
 
     @classmethod
-    def load(cls, name, device=None, dtype=None, gradient_checkpointing=False, **options):
+    def load(cls, name, device=None, dtype=None, gradient_checkpointing=False):
         """A policy from a hub id, a folder or a .gguf file. Defaults of device and dtype: support/pretrained.py."""
-        return cls(*load_pretrained(name, device, dtype), str(name), gradient_checkpointing, **options)
+        return cls(*load_pretrained(name, device, dtype), str(name), gradient_checkpointing)
 
     def _can_pack(self):
         """Whether a 4-D mask describes this model's attention. If not, warns; UsageError if it cannot be scored."""
@@ -286,7 +285,7 @@ class Policy:
 
     def _batch_size(self, rows, max_new_tokens):
         """Number of rows, longest first, that fit into one batch. A shared prompt counts once."""
-        budget = self.max_batch_tokens or packing.max_sampling_tokens(self)
+        budget = packing.max_sampling_tokens(self)
         costs = [max_new_tokens + len(rows[0]) * (not self.packs or row != before)
                  for row, before in zip(rows, [None, *rows], strict=False)]
         return max(1, sum(total <= budget for total in accumulate(costs)))

@@ -5,6 +5,7 @@ from tiny_models import EOS, PACKED, PROMPTS, WINDOWED, logits_of
 
 from data import UsageError
 from policy import sample_token
+from support import packing
 
 
 @pytest.mark.parametrize("kind", PACKED + WINDOWED)
@@ -86,11 +87,12 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(load):
         (sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]
 
 
-def test_budget_splits_batches_and_keeps_the_order(load):
+def test_budget_splits_batches_and_keeps_the_order(load, monkeypatch):
     policy = load()
     prompts = [[20 + i] * length for i, length in enumerate([3, 9, 1, 5, 5, 12, 2, 9, 1, 7, 3, 4])]
     whole = policy.sample(prompts, max_new_tokens=8, temperature=0)
-    seen, policy.max_batch_tokens = watch(policy), 45
+    monkeypatch.setattr(packing, "max_sampling_tokens", lambda policy: 45)
+    seen = watch(policy)
     split = policy.sample(prompts, max_new_tokens=8, temperature=0)
     assert [c.ids for [c] in split] == [c.ids for [c] in whole]
     prefills = [(rows, length) for (rows, length), _ in seen if length > 1]
