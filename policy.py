@@ -134,11 +134,9 @@ class TokenScores(torch.autograd.Function):
         return grad_logp[:, None].to(slope.dtype) * slope, None, None, None
 
 
-def token_scores(hidden, head, targets, temperature, size=None):
-    """
-    log pi(target) and the entropy of pi for all tokens, `size` of them at a time. (T, H), (T,) -> (T,), (T,)
-    """
-    size = size or rows_at_once(hidden, head.out_features)
+def token_scores(hidden, head, targets, temperature):
+    """log pi(target) and the entropy of pi for all tokens, some at a time. (T, H), (T,) -> (T,), (T,)"""
+    size = rows_at_once(hidden, head.out_features)
     parts = [TokenScores.apply(h, y, head, temperature)
              for h, y in zip(hidden.split(size), targets.split(size), strict=True)]
     logps, entropies = zip(*parts, strict=True)
