@@ -1,6 +1,4 @@
-"""
-Links between turns and questions: the questions that score the edits of a turn.
-"""
+"""Links between turns and questions: the questions that score the edits of a turn."""
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
