@@ -251,7 +251,7 @@ def arguments(argv=None) -> argparse.Namespace:
     args = cli.parse_training_flags("answer", "Train the Answer Agent.", groups, presets, argv)
     if args.bank == "turns" and args.manager_adapter:
         raise UsageError("--bank turns has no Manager: leave it out, or --manager-adapter")
-    if not args.bank and not args.manager_adapter and cli.model_size(args.model) == "small":
+    if not args.bank and not args.manager_adapter and args.size == "small":
         args.bank = args.presets["bank"] = "turns"  # banks of an untrained small Manager are no better: F1 .29, not .32
     args.bank = args.bank or "manager"
     return args

@@ -175,12 +175,13 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
     """
     Parse RunFlags, ModelFlags and groups[algo] (see flag_groups). Defaults depend on --algo, --data and --model:
     `presets` are {name: default or {algo: default}} for the "agent", real "data", and a "small" or "large" model.
-    `args.presets` holds those of the data and the model.
+    `args.presets` holds those of the data and the model, `args.size` the model's size.
     """
     first = Parser(add_help=False)
     add_flags(first, "run", RunFlags, {})
     chosen, _ = first.parse_known_args(argv)
-    own = {**(presets["data"] if chosen.data != "synthetic" else {}), **presets.get(model_size(chosen.model), {})}
+    size = model_size(chosen.model)
+    own = {**(presets["data"] if chosen.data != "synthetic" else {}), **presets.get(size, {})}
     defaults = {"out": f"runs/{agent}-{chosen.algo}", **presets.get("agent", {}), **own}
     defaults = {name: value[chosen.algo] if isinstance(value, dict) else value for name, value in defaults.items()}
     description += f" The flags of --algo {chosen.algo}; their defaults are those for the given --data and --model."
@@ -189,7 +190,7 @@ def parse_training_flags(agent: str, description: str, groups: dict, presets: di
         for title, dataclass_type in {"run": RunFlags, **groups[algo], "model and memory": ModelFlags}.items():
             add_flags(parser, title, dataclass_type, defaults)
     parsers[chosen.algo].by_algorithm = parsers
-    args = parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent))
+    args = parsers[chosen.algo].parse_args(argv, argparse.Namespace(agent=agent, size=size))
     args.presets = {name: defaults[name] for name in own if name in args}
     return args
 
