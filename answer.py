@@ -89,6 +89,10 @@ class AnswerPrompt:
     shown: list[Memory]  # memory i of the prompt is shown[i - 1]
     dropped: int  # number of retrieved memories that did not fit into the prompt
 
+    def selected_by(self, given: Answer) -> tuple[int, ...]:
+        """The numbers that an answer selects, without those of no memory in the prompt."""
+        return tuple(i for i in given.selected if 1 <= i <= len(self.shown))
+
 
 def speakers_asked(question: str, speakers: Sequence[str]) -> tuple[str, ...]:
     """The speakers that a question names, or all if it names none. ("Where is Jon?", ("Jon", "Gina")) -> ("Jon",)"""

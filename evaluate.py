@@ -246,7 +246,7 @@ class Evaluator:
             answers = answer.generate_answers(policy, prompts, adapter, settings.max_new_tokens)
             search, reply = np.diff([*times, time.perf_counter()]) / len(batch)
             for line, prompt, found in zip(batch, prompts, answers, strict=True):
-                selected = [prompt.shown[n - 1].text for n in found.selected if 1 <= n <= len(prompt.shown)]
+                selected = [prompt.shown[i - 1].text for i in prompt.selected_by(found)]
                 line |= to_json_safe({
                     "prediction": found.text, "output": found.output,
                     "context": self.sources_of(line["dialogue"], prompt.shown), "is_valid": found.is_valid,
@@ -320,8 +320,7 @@ class SystemFlags:
     system: str | None = flag(None, f"baselines: {', '.join(BASELINES)}", nargs="+", choices=BASELINES, metavar="NAME")
     memories: int | None = flag(None, "memories shown: half from each speaker's bank (one bank: only this half); 60,30 "
                                 "compares several (4; trained Answer Agents 20; real data 60; models "
-                                "below 1e9 parameters 8)", type=parse_counts,
-                                metavar="N,N")
+                                "below 1e9 parameters 8)", type=parse_counts, metavar="N,N")
     named_only: bool | None = flag(None, "search only memories of the speakers that a question names (yes; trained "
                                    "Answer Agents and real data: no)")
     max_answer_tokens: int | None = flag(None, "length of an answer with its selection (48; trained Answer Agents "

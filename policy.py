@@ -344,9 +344,9 @@ class Policy:
         largest = max((rows * width for rows, width in shapes), default=0)  # tokens
         if self.checkpointed_layers is None and not packing.fits_backward(self, largest):
             self.checkpointed_layers = self._checkpoint_layers()
-            advice = (["gradient checkpointing is on, which takes a third more time"] * bool(self.checkpointed_layers)
-                      + ["lower --max-prompt-tokens, --max-new-tokens or --group-size"]
-                      * (not packing.fits_backward(self, largest)))
+            advice = ["gradient checkpointing is on, which takes a third more time"] if self.checkpointed_layers else []
+            if not packing.fits_backward(self, largest):
+                advice.append("lower --max-prompt-tokens, --max-new-tokens or --group-size")
             logging.warning("model %s: a prompt with its completions (%d tokens) would not fit into memory: %s",
                             self.name, largest, "; this may not be enough: ".join(advice))
         return [[own[i] for i in batch]

@@ -113,8 +113,7 @@ class Episode(answer.AnswerPrompt):
 
 def output_metrics(episodes: Sequence[Episode], answers: Sequence[answer.Answer]) -> dict[str, float | None]:
     """Mean numbers of shown and selected memories; fractions of the selected that are evidence, of invalid outputs."""
-    selected = [{i for i in given.selected if 1 <= i <= len(episode.shown)}
-                for episode, given in zip(episodes, answers, strict=True)]
+    selected = [{*episode.selected_by(given)} for episode, given in zip(episodes, answers, strict=True)]
     num_selected, count = sum(map(len, selected)), len(answers)
     num_evidence = sum(len(own & episode.evidence()) for own, episode in zip(selected, episodes, strict=True))
     return {"shown": sum(len(episode.shown) for episode in episodes) / count, "selected": num_selected / count,
@@ -222,8 +221,7 @@ class AnswerTask:
                                          episode.item.speakers, settings, episode.item.question.preface)
                        for episode in episodes]
             answers = answer.generate_answers(self.teacher, prompts, None, settings.max_new_tokens)
-            selections = [tuple(i for i in given.selected if 1 <= i <= len(episode.shown))
-                          for given, episode in zip(answers, episodes, strict=True)]
+            selections = [episode.selected_by(given) for episode, given in zip(episodes, answers, strict=True)]
             return [replace(given, selected=own, is_valid=given.is_valid and (bool(own) or not settings.distill))
                     for given, own in zip(answers, selections, strict=True)]
         literally = self.args.data == "synthetic"  # only there answers consist of words of the memories

@@ -40,7 +40,7 @@ def held_out_records(dialogues: Sequence, builds: Sequence, answers: Iterable, m
             ids = [memory.id for memory in prompt.shown]
             questions.append({
                 "id": question.id, "text": question.text, "gold": question.answer, "retrieved": ids,
-                "selected": [ids[i - 1] for i in given.selected if 1 <= i <= len(ids)], "output": given.output,
+                "selected": [ids[i - 1] for i in prompt.selected_by(given)], "output": given.output,
                 "answer": given.text, "is_valid": given.is_valid,
                 **{name: metrics[name](given.text, question.answer) for name in ("em", "f1")}})
         records.append({**turn_records(dialogue, build), "questions": questions})

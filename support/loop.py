@@ -78,7 +78,7 @@ def make_adapter(policy, args) -> None:
     if not args.init_adapter:
         return policy.add_adapter(args.agent, args.rank, args.alpha)
     check_adapter(args.init_adapter, args.agent, args.distill if args.agent == "answer" else None)
-    for name in (args.agent, *[REFERENCE] * (args.algo != "sft")):
+    for name in [args.agent] if args.algo == "sft" else [args.agent, REFERENCE]:
         policy.load_adapter(name, args.init_adapter)
     args.rank, args.alpha = (policy.adapters[args.agent][name] for name in ("r", "lora_alpha"))
 
