@@ -358,8 +358,8 @@ def arguments(argv=None) -> argparse.Namespace:
     for flag_name, agents in (("--manager", args.manager), ("--answer", args.answer)):
         for agent in {*BASELINES} & {*(agents or [])}:
             raise UsageError(f"{flag_name} {agent} is a baseline: give --system {agent}")
-    if "oracle" in (args.system or []) and args.data != "synthetic":
-        raise UsageError("--system oracle needs reference operations, which only --data synthetic has")
+    if "oracle" in (args.system or []) and args.data not in ("synthetic", "locomo"):
+        raise UsageError("--system oracle needs reference operations, which only --data synthetic and locomo have")
     if "endpoint" in (args.answer or []):
         raise UsageError("--answer endpoint: only a Manager can be hosted; give base or an adapter's folder")
     if args.out and not args.out.endswith(".json"):

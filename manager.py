@@ -31,7 +31,7 @@ from data import TINY, Dialogue, Operation, Turn, UsageError, banks_of, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support.cli import Parser, exit_cleanly, model_size
-from support.prompts import FACTS_SHOWN, OPERATIONS_SHOWN, date_suffix, fit_prompt, generate, memory_lines
+from support.prompts import FACTS_SHOWN, OPERATIONS_SHOWN, date_suffix, fit_prompt, generate, is_copied, memory_lines
 from support.text import (
     MAX_OPERATIONS,
     MAX_TEXT_CHARS,
@@ -138,12 +138,14 @@ def parse_edit(operation: dict, shown: list[Memory]) -> Edit | None:
 def parse(completion: str, case: Case) -> Parsed | None:
     """
     The edits of a completion, or None if none can be applied. '[{"event": "NOOP"}]' or '[]' -> [Edit("NOOP")]
-    Skipped: operations that cannot be applied, a second edit of a memory, and all after the first MAX_OPERATIONS.
+    Skipped: what cannot be applied, copied examples, a second edit of a memory, all after the first MAX_OPERATIONS.
     """
     operations = read_operations(completion)
+    known = " ".join([case.speaker, *case.facts, *(memory.text for memory in case.memories)])
     edits = {}  # by the memory's id, or for ADD and NOOP by their place
     for i, operation in enumerate(operations[:MAX_OPERATIONS]):
-        if edit := parse_edit(operation, case.shown()):
+        edit = parse_edit(operation, case.shown())
+        if edit and not is_copied(edit.text, known):
             edits.setdefault(("new", i) if edit.id is None else edit.id, edit)
     texts = [edit.text for edit in edits.values()]
     edits = [replace(edit, text=edit.text[:MAX_TEXT_CHARS].strip()) for edit in edits.values()]
@@ -301,18 +303,24 @@ def build_banks(manager: Manager, dialogues, embedder, progress="", temperature=
 
 
 def oracle_edits(bank: MemoryBank, turn: Turn) -> list[Edit]:
-    """The reference operation of a synthetic turn on this bank; NOOP if the bank lacks the entry that it names."""
+    """The reference operation, or NOOP if the bank lacks the entry that it names; in LoCoMo, ADD each observation."""
     operation = turn.operation
+    if not operation:
+        return [Edit("ADD", None, text[:MAX_TEXT_CHARS]) for text in turn.observations] or [Edit("NOOP")]
     if operation.event in ("ADD", "NOOP"):
         return [Edit(operation.event, None, operation.text)]
     ids = [memory.id for memory in bank if (memory.speaker, memory.text) == (turn.speaker, operation.old_memory)]
     return [Edit(operation.event, ids[0], operation.text) if ids else Edit("NOOP")]
 
 
-def oracle_banks(dialogues: Sequence[Dialogue], embedder) -> list[BankBuild]:
-    """Upper bound on synthetic data: banks built with the reference operations."""
-    return build_in_lockstep(dialogues, embedder,
-                             lambda batch: [oracle_edits(build.bank, turn) for build, _, turn in batch])
+def oracle_banks(dialogues: Sequence[Dialogue], embedder, manager: Manager | None = None) -> list[BankBuild]:
+    """Banks built with the reference operations. With a Manager that has read the facts, its cases are recorded."""
+    def decide(batch):
+        for build, dialogue, turn in batch if manager else ():
+            case = make_case(build.bank, turn, manager.facts[dialogue.id, turn.id], manager.settings.top_k)
+            build.outputs.append((case, None, None))
+        return [oracle_edits(build.bank, turn) for build, _, turn in batch]
+    return build_in_lockstep(dialogues, embedder, decide)
 
 
 def add_all_banks(dialogues: Sequence[Dialogue], embedder, facts: dict | None = None) -> list[BankBuild]:

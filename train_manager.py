@@ -86,7 +86,8 @@ class EpisodeFlags:
                        "real data, that must hold the other evidence of its questions", least=0)
     bank: str | None = flag(None, "builder of that bank: the Manager in a trajectory from turn 1 (trajectory; default)"
                             ", the Manager being trained (self), the base model (base; default for real data), or the "
-                            "reference operations of synthetic data (oracle; default without trajectories)",
+                            "reference operations of synthetic data or LoCoMo's observations (oracle; default of "
+                            "synthetic data without trajectories)",
                             choices=("trajectory", "self", "base", "oracle"))
     refresh: int | None = flag(None, "steps after which turns are drawn, their banks built, and trajectories sampled "
                                "(3 with --bank trajectory, else 5)", least=1)
@@ -341,17 +342,20 @@ class ManagerTask:
 
     def teacher_decisions(self) -> list[tuple[manager.Case, list[manager.Edit] | None]]:
         """
-        Cases and edits to clone: the reference operations for the episodes of reinforcement learning, or the edits of a
-        hosted Manager, which reads every turn and builds its own banks.
+        Cases and edits to clone: the reference operations for the episodes of reinforcement learning, or those of every
+        turn, with the banks that they build: LoCoMo's observations, or the edits of a hosted Manager.
         """
-        if not self.teacher:
+        if not self.teacher and not self.dialogues:
             return [(episode.case, manager.oracle_edits(episode.bank, episode.turn))
                     for first in range(1, self.args.steps + 1, self.args.refresh) for episode in self.make_pool(first)]
         count = math.ceil(self.args.steps * self.args.batch_size / 20)  # synthetic dialogues of 20 turns
         dialogues = self.dialogues or data.load("synthetic", "train", seed=self.args.seed, count=count)
         self.base.read_facts(dialogues)
-        teacher = replace(self.base, policy=self.teacher)
-        builds = manager.build_banks(teacher, dialogues, self.embedder, progress=f"teacher: {self.teacher.name}")
+        if self.teacher:
+            teacher = replace(self.base, policy=self.teacher)
+            builds = manager.build_banks(teacher, dialogues, self.embedder, progress=f"teacher: {self.teacher.name}")
+        else:
+            builds = manager.oracle_banks(dialogues, self.embedder, self.base)
         return [decision for build in builds for decision in build.decisions]
 
 
@@ -360,16 +364,17 @@ def arguments(argv=None) -> argparse.Namespace:
     groups = cli.flag_groups(ALGORITHMS, EpisodeFlags, ManagerRewardFlags)
     presets = {"data": REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
-    if args.data != "synthetic" and args.algo == "sft" and args.teacher == "known":
-        raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone; add --teacher endpoint")
+    if args.data not in ("synthetic", "locomo") and args.algo == "sft" and args.teacher == "known":
+        raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone (synthetic and locomo "
+                         "have): add --teacher endpoint")
     given = getattr(args, "trajectories", 0)  # SFT has none
     args.bank = args.bank or ("oracle" if given == 0 else "trajectory")
     trajectories, refresh = (4, 3) if args.bank == "trajectory" else (0, 5)
     args.trajectories, args.refresh = trajectories if given is None else given, args.refresh or refresh
     if args.bank == "trajectory" and not args.trajectories:
         raise UsageError("--bank trajectory needs --trajectories 1 or more, and --algo grpo or ppo")
-    if args.data != "synthetic" and args.bank == "oracle":
-        raise UsageError("--bank oracle needs reference operations, which only --data synthetic has")
+    if args.data not in ("synthetic", "locomo") and args.bank == "oracle":
+        raise UsageError("--bank oracle needs reference operations, which only --data synthetic and locomo have")
     return args
 
 

@@ -37,6 +37,7 @@ class Turn:
     time: str  # in the format of the benchmark: "1:56 pm on 8 May, 2023"
     fact: str = ""  # synthetic data only: the memory that storing every turn, even small talk, would add
     operation: Operation | None = None  # synthetic data only: for baselines, agreement and `--bank oracle`
+    observations: tuple[str, ...] = ()  # LoCoMo only: facts of this turn, noted by GPT: they take the operation's place
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ The data is CC BY-NC 4.0 and not part of this repository. A turn with a photo co
     What a day! [shares a photo: a photo of a dog on a beach]
 """
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from data.dialogue import Dialogue, Question, Turn, UsageError
-from data.files import cached_file, member, member_as_text, optional, read_dialogues, read_entries
+from data.files import cached_file, clean, member, member_as_text, optional, read_dialogues, read_entries
 
 ADDRESS = "https://raw.githubusercontent.com/snap-research/locomo/main/data/locomo10.json"
 SHA256 = "79fa87e90f04081343b8c8debecb80a9a6842b76a7aa537dc9fdf651ea698ff4"
@@ -65,6 +66,7 @@ def make_dialogue(entry, where, adversarial):
                 raise UsageError(f'{where}: {key}, turn {i}: an earlier turn has the "dia_id" "{turn.id}"')
             if turn.text:
                 turns[turn.id] = turn
+    add_observations(turns, optional(entry, "observation", dict, where, {}), f'{where}: "observation"')
     if not turns:
         raise UsageError(f"{inside} has no turn")
     questions = [make_question(raw, f"{name}:{i}", turns, f"{where}: question {i}")
@@ -83,6 +85,17 @@ def make_turn(raw, session, time, speakers, where):
     text = member(raw, "text", str, where, may_be_empty=True)
     caption = optional(raw, "blip_caption", str, where, "")
     return Turn(name, session, speaker, f"{text} [shares a photo: {caption}]".strip() if caption else text, time)
+
+
+def add_observations(turns, sessions, where):
+    """Add to `turns` what was observed about their speakers: {session: {speaker: [[text, turn id or ids], ...]}}"""
+    rows = [(speaker, row) for name in sessions for speaker in member(sessions, name, dict, where)
+            for row in member(sessions[name], speaker, list, f"{where}: {name}")]
+    for speaker, row in rows:
+        text, ids = row if isinstance(row, list) and len(row) == 2 else ("", [])
+        turn = turns.get("".join(find_evidence(ids if isinstance(ids, list) else [ids], turns)[-1:]))
+        if turn and turn.speaker == speaker and isinstance(text, str) and clean(text):
+            turns[turn.id] = replace(turn, observations=(*turn.observations, clean(text)))
 
 
 def make_question(raw, name, turns, where):

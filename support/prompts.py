@@ -36,6 +36,11 @@ FACTS_SHOWN = [  # (turn, facts)
 ]
 
 
+def is_copied(text: str, known: str) -> bool:
+    """Whether a text is about Nina, the person of OPERATIONS_SHOWN, although the case (its texts: `known`) is not."""
+    return "Nina" in text and "Nina" not in known
+
+
 def date_suffix(time: str) -> str:
     """The day: "3 May 2023" or "1:56 pm on 3 May 2023" -> " (3 May 2023)"; "" where a transcript has no dates."""
     hour = r"\d{1,2}:\d\d(?::\d\d)?(?: *[ap]m)?"

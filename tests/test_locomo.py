@@ -35,7 +35,10 @@ ENTRY = {
         {"question": "Really?", "answer": "No", "adversarial_answer": "Yes", "category": 5},
         {"question": "Where?", "answer": "Rome", "category": 4},
     ],
-    "event_summary": {}, "observation": {}, "session_summary": {},
+    "event_summary": {}, "session_summary": {}, "observation": {
+        "session_2_observation": {"Ann": [["Ann  was at sea.", "D2:1"], ["Ann liked it.", ["D2:2", "D2:1"]],
+                                          ["Bob has a hat.", "D2:2"]], "Bob": [["Bob is polite.", "D2:02"]]},
+        "session_10_observation": {"Bob": [["Bob was in Rome.", "D10:9"], ["?"], 3]}},
 }
 changed = functools.partial(edited, ENTRY)
 
@@ -58,6 +61,14 @@ def test_turns(write):
         ("D10:1", 10, "Bob", "Back from Rome."),
     ]
     assert dialogue.turns[0].time == "1:56 pm on 8 May, 2023"
+
+
+def test_observations_about_the_speaker_of_their_last_turn(write):
+    dialogue, = locomo.load(path=write(ENTRY))
+    assert [turn.observations for turn in dialogue.turns] == [
+        ("Ann was at sea.", "Ann liked it."), ("Bob is polite.",), ()]
+    dialogue, = locomo.load(path=write(changed("observation", remove=True)))
+    assert not any(turn.observations for turn in dialogue.turns)
 
 
 def test_a_turn_without_text_and_caption_is_left_out(write):
@@ -119,6 +130,8 @@ def test_splits_of_a_file(write):
      'entry 1 (conv-7): "conversation" has no turn'),
     (changed("conversation", "speaker_b", value=" Ann"),
      'entry 1 (conv-7): "conversation": "speaker_a" and "speaker_b" are both "Ann"'),
+    (changed("observation", "session_2_observation", "Ann", value="?"),
+     'entry 1 (conv-7): "observation": session_2_observation: "Ann" is not a list'),
     (3, "entry 1 is not an object"),
 ])
 def test_malformed_entries_are_named(write, entry, message):
@@ -168,6 +181,8 @@ def test_the_published_file():
     assert Counter(question.category for question in questions) == {1: 282, 2: 321, 3: 96, 4: 841, 5: 446}
     assert len({question.id for question in questions}) == 1986
     assert sum(not question.evidence for question in questions) == 4
+    assert [sum(len(turn.observations) for d in dialogues[split] for turn in d.turns) for split in locomo.SPLITS] == [
+        182, 164, 2132, 2478]
     assert sum("[shares a photo: " in turn.text for d in dialogues["all"] for turn in d.turns) == 1226
 
 

@@ -131,6 +131,18 @@ def test_what_cannot_be_applied_is_skipped_and_counted(completion, edits, skippe
     assert found == edits and found.skipped == skipped
 
 
+def test_copies_of_the_examples_are_skipped():
+    copy, own = ('{"event": "ADD", "text": "%s"}' % text for text in ("Nina lives in Leeds.", "Jon met Tom."))
+    assert parse(f"[{copy}, {own}]", CASE) == parse(f"[{own}]", CASE) and parse(f"[{copy}, {own}]", CASE).skipped == 1
+    assert parse(f"[{copy}]", CASE) is None
+    for case in (replace(CASE, speaker="Nina"), replace(CASE, facts=("Nina left.",)), replace(
+            CASE, memories=(*CASE.memories, Memory(99, "Jon is a friend of Nina.", "Jon", "")))):
+        assert parse(f"[{copy}]", case) == [Edit("ADD", None, "Nina lives in Leeds.")]
+    examples = [json.loads(reply) for _, reply in manager.OPERATIONS_SHOWN]
+    texts = [operation["text"] for reply in examples for operation in reply if "text" in operation]
+    assert texts and all("Nina" in text for text in texts), "each copy of an example can be recognised"
+
+
 def test_long_texts_are_counted():
     operations = [{"event": "ADD", "text": "y" * 501}, {"event": "UPDATE", "id": 1, "text": "y" * 900},
                   {"event": "ADD", "text": "y" * 500}]

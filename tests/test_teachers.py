@@ -10,7 +10,7 @@ import manager
 import train_answer
 import train_manager
 from answer import Answer
-from data import UsageError
+from data import Dialogue, Turn, UsageError
 from memory import Memory
 from policy import Policy
 from support import cli
@@ -68,10 +68,27 @@ def test_a_hosted_teacher_builds_its_own_banks_and_is_never_asked_twice(serve, t
         task("--teacher", "endpoint").demonstrations()
 
 
+def test_the_observations_of_locomo(monkeypatch):
+    """A turn without observations is cloned as NOOP, and later prompts show what earlier turns have stored."""
+    said = [("Ann", "Hi!", ()), ("Ann", "I sold my car and I swim.", ("Ann sold her car.", "Ann swims.")),
+            ("Bob", "I row.", ("Bob rows " * 99,)), ("Ann", "My car is gone.", ())]
+    turns = tuple(Turn(f"D1:{i}", 1, speaker, text, "8 May 2023", observations=observations)
+                  for i, (speaker, text, observations) in enumerate(said, 1))
+    monkeypatch.setattr(data, "load", lambda *args, **options: [Dialogue("conv-26", ("Ann", "Bob"), turns, ())])
+    made = task("--data", "locomo", "--model", "another", "--no-extract")
+    prompts, completions, report = made.demonstrations()
+    assert report == {"invalid_rate": 0, "ops": {"NOOP": 2, "ADD": 3}}
+    assert [json.loads(made.policy.decode(ids)) for ids in completions] == [
+        [{"event": "NOOP"}], [{"event": "ADD", "text": "Ann sold her car."}, {"event": "ADD", "text": "Ann swims."}],
+        [{"event": "ADD", "text": ("Bob rows " * 99)[:500].strip()}], [{"event": "NOOP"}]]
+    assert all(turn.text in made.policy.decode(prompt) for turn, prompt in zip(turns, prompts, strict=True))
+    assert "Ann sold her car." in made.policy.decode(prompts[3]) and "Ann sold" not in made.policy.decode(prompts[2])
+
+
 def test_refusals(monkeypatch):
     monkeypatch.setenv("MANAGER_MODEL", "")
-    with pytest.raises(UsageError, match="--data locomo has no reference operations.*--teacher endpoint"):
-        train_manager.arguments(["--algo", "sft", "--data", "locomo"])
+    with pytest.raises(UsageError, match="--data msc has no reference operations.*--teacher endpoint"):
+        train_manager.arguments(["--algo", "sft", "--data", "msc"])
     with pytest.raises(UsageError, match="set MANAGER_URL"):
         task("--teacher", "endpoint")
     made = task()
