@@ -80,8 +80,8 @@ class RewardFlags:
 @dataclass(frozen=True)
 class TeacherFlags:
     teacher: str = flag("known", "what to clone: what the data knows (reference operations, LoCoMo's observations, "
-                        "correct answers), or the outputs of a hosted model (endpoint: set MANAGER_URL, MANAGER_MODEL and MANAGER_API_KEY, or "
-                        "ANSWER_URL ...)", choices=("known", "endpoint"))
+                        "correct answers), or the outputs of a hosted model (endpoint: set MANAGER_URL, MANAGER_MODEL "
+                        "and MANAGER_API_KEY, or ANSWER_URL ...)", choices=("known", "endpoint"))
 
 
 @dataclass(frozen=True)
