@@ -167,7 +167,7 @@ def test_the_managers_training_records_what_its_metrics_count(tmp_path, capsys):
     read = [turn for row in rows for turn in row["turns"] if row["eval"] == "trained"]
     assert all(turn["facts"] == [turn["text"]] and turn["output"] for turn in read) and any(
         turn["related"] for turn in read)
-    case = SimpleNamespace(shown=lambda: [])
+    case = manager.Case("", "", (), ())
     assert all(turn["edits"] == [{"event": "NOOP", "id": None, "text": ""}] for turn in read
                if manager.parse(turn["output"], case) == [Edit("NOOP")])
     story.main([out])

@@ -55,8 +55,11 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "manager-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo "
                           "--refresh 4 --steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 "
                           "--answer-adapter OUT/sft-0 --out OUT/manager-0"),
-    "banks-0": ("qwen", f"{BANKS} --split val --manager base OUT/manager-0 --answer base OUT/sft-grpo-0 "
-                        "--out OUT/banks-0.json"),
+    "manager-sft-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume "
+                              "--algo sft --steps 80 --eval 0 --out OUT/manager-sft-0"),
+    "banks-0": ("qwen", f"{BANKS} --split val --manager base OUT/manager-0 OUT/manager-sft-0 "
+                        "--answer base OUT/sft-grpo-0 --out OUT/banks-0.json"),
+    "oracle": ("qwen", f"{EVALUATE} --system oracle --memories 8 --answer base OUT/sft-grpo-0 --out OUT/oracle.json"),
     "both": ("qwen", f"{BANKS} --manager base OUT/manager-0 --answer base OUT/sft-grpo-0 --out OUT/both.json"),
     "banks-1.5": ("qwen1.5", f"{BANKS} --split val --sessions 4 --manager base --out OUT/banks-1.5.json"),
     "smollm2-sft": ("smollm2", f"{TRAIN} --algo sft --steps 38 --out OUT/smollm2-sft"),
