@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import answer
 import manager
-from data import TINY, Dialogue, UsageError, is_tiny
+from data import TINY, WITH_OPERATIONS, Dialogue, UsageError, is_tiny
 from memory import Memory, MemoryBank, make_embedder
 from policy import Policy
 from support import report
@@ -358,7 +358,7 @@ def arguments(argv=None) -> argparse.Namespace:
     for flag_name, agents in (("--manager", args.manager), ("--answer", args.answer)):
         for agent in {*BASELINES} & {*(agents or [])}:
             raise UsageError(f"{flag_name} {agent} is a baseline: give --system {agent}")
-    if "oracle" in (args.system or []) and args.data not in ("synthetic", "locomo"):
+    if "oracle" in (args.system or []) and args.data not in WITH_OPERATIONS:
         raise UsageError("--system oracle needs reference operations, which only --data synthetic and locomo have")
     if "endpoint" in (args.answer or []):
         raise UsageError("--answer endpoint: only a Manager can be hosted; give base or an adapter's folder")

@@ -364,7 +364,7 @@ def arguments(argv=None) -> argparse.Namespace:
     groups = cli.flag_groups(ALGORITHMS, EpisodeFlags, ManagerRewardFlags)
     presets = {"data": REAL_DATA, "small": SMALL_MODEL, "large": LARGE_MODEL}
     args = cli.parse_training_flags("manager", "Train the Memory Manager.", groups, presets, argv)
-    if args.data not in ("synthetic", "locomo") and args.algo == "sft" and args.teacher == "known":
+    if args.data not in data.WITH_OPERATIONS and args.algo == "sft" and args.teacher == "known":
         raise UsageError(f"--algo sft: --data {args.data} has no reference operations to clone (synthetic and locomo "
                          "have): add --teacher endpoint")
     given = getattr(args, "trajectories", 0)  # SFT has none
@@ -373,7 +373,7 @@ def arguments(argv=None) -> argparse.Namespace:
     args.trajectories, args.refresh = trajectories if given is None else given, args.refresh or refresh
     if args.bank == "trajectory" and not args.trajectories:
         raise UsageError("--bank trajectory needs --trajectories 1 or more, and --algo grpo or ppo")
-    if args.data not in ("synthetic", "locomo") and args.bank == "oracle":
+    if args.data not in data.WITH_OPERATIONS and args.bank == "oracle":
         raise UsageError("--bank oracle needs reference operations, which only --data synthetic and locomo have")
     return args
 

