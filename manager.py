@@ -208,9 +208,13 @@ class Manager:
             self.policy, lambda words, turn=turn: chat_messages(
                 EXTRACTOR, turn_text(turn.speaker, turn.time, " ".join(words)), shown),
             turn.text.split(), max_tokens, limit) for turn in turns]  # a turn that is too long keeps its first words
-        texts = generate(self.policy, None, [ids for ids, _, _ in fitted], limit)
-        return [Parsed(dict.fromkeys(facts), facts.skipped, facts.cut + (dropped > 0))  # each fact once
-                for facts, (_, _, dropped) in zip(map(parse_facts, texts), fitted, strict=True)]
+        replies = map(parse_facts, generate(self.policy, None, [ids for ids, _, _ in fitted], limit))
+        read = []
+        for turn, (_, _, dropped), facts in zip(turns, fitted, replies, strict=True):
+            own = [fact for fact in facts if not is_copied(fact, f"{turn.speaker} {turn.text}")]
+            skipped = facts.skipped + len(facts) - len(own)
+            read.append(Parsed(dict.fromkeys(own), skipped, facts.cut + (dropped > 0)))  # each fact once
+        return read
 
     def read_facts(self, dialogues: Sequence[Dialogue]) -> None:
         """Extract the facts that are not in the cache. They do not depend on a bank, so all turns form one batch."""

@@ -144,7 +144,7 @@ def make_train(settings: dict[str, argparse.Namespace]):
             row, samples = {"reward": 0.0, "skipped": 0}, []
             for name in adapters:
                 metrics, some = grpo.train_step(policy, optimizers[name], task.agents[name], name, configs[name], step)
-                for text in advice(metrics, vars(settings[name]), sft="") if step == 1 else ():
+                for text in advice(metrics, vars(settings[name]), can_clone=False) if step == 1 else ():
                     warn_once(f"step 1, {name}: {text}")
                 row["reward"] += metrics["reward"] / len(adapters)
                 row["skipped"] += metrics["skipped"]

@@ -26,16 +26,19 @@ def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Questio
 
 
 def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
-    """How many questions (within --horizon) score a turn, and why the others do not. UsageError if none does."""
+    """How many questions score a turn, and why the others do not. UsageError if none does."""
+    asked = [question for dialogue in dialogues for question in dialogue.questions]
+    without = sum(not question.evidence for question in asked)
     if args.bank == "trajectory":
         dialogues = [cut(dialogue, args.horizon) for dialogue in dialogues]
-    asked = [question for dialogue in dialogues for question in dialogue.questions]
+    beyond = len(asked) - without - sum(bool(one.evidence) for dialogue in dialogues for one in dialogue.questions)
     linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
-    num_linked, without = sum(map(len, linked)), sum(not question.evidence for question in asked)
+    num_linked = sum(map(len, linked))
     if not linked:
-        reason = (f"fits into --window {args.window}" if without < len(asked) else
-                  "has its evidence within --horizon" if args.horizon else "names a turn as evidence")
+        reason = (f"fits into --window {args.window}" if without + beyond < len(asked) else
+                  "has its evidence within --horizon" if beyond else "names a turn as evidence")
         raise UsageError(f"--data {args.data}: no question {reason}, so no turn can be scored")
+    apart = len(asked) - num_linked - without - beyond
     return (f"--data {args.data}: {num_linked} of {len(asked)} questions score {len(linked)} turns; left out: "
-            f"{without} without evidence, {len(asked) - num_linked - without} whose evidence is more than "
-            f"--window {args.window} turns apart")
+            f"{without} without evidence, {apart} whose evidence is more than --window {args.window} turns apart"
+            + (f", {beyond} with evidence after --horizon {args.horizon}" if beyond else ""))

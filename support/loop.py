@@ -5,7 +5,8 @@ held-out evaluation before and after. An algorithm iterates over `Loop.steps` an
 import math
 import random
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from data import UsageError
+from data import WITH_OPERATIONS, UsageError
 from support import distributed
 from support.cli import from_args
 from support.packing import describe_out_of_memory, return_freed_memory
@@ -52,7 +53,9 @@ def fit(train, policy, task: Task, run: Run, adapter: str | tuple[str, ...], con
         train(policy, task, loop, adapter, config)
     except (RuntimeError, MemoryError) as error:
         if describe_out_of_memory(error):
-            loop.save_unfinished_step()
+            traceback.clear_frames(error.__traceback__)  # their tensors are those of the step that did not fit
+            with suppress(RuntimeError, MemoryError):  # still too little memory: the last checkpoint stays
+                loop.save_unfinished_step()
         raise
     if not distributed.rank0_result(run.is_complete, config.steps):
         if distributed.is_rank0():
@@ -130,10 +133,11 @@ class Loop:
         self.run.samples([{"step": step, **sample} for sample in samples])
         tqdm.write(self.run.line(step, metrics))
         if step == 1 and "algo" in self.run.config:  # a toy has no flags to change
-            left = self.config.steps - step
-            duration = timedelta(seconds=round(left * metrics["seconds"]))
-            tqdm.write(f"{metrics['seconds']:.1f} s a step; {left} more like this one would take {duration}")
-            for text in advice(metrics, self.run.config):
+            if left := self.config.steps - step:
+                duration = timedelta(seconds=round(left * metrics["seconds"]))
+                tqdm.write(f"{metrics['seconds']:.1f} s a step; {left} more like this one would take {duration}")
+            can_clone = self.run.config["agent"] == "answer" or self.run.config["data"] in WITH_OPERATIONS
+            for text in advice(metrics, self.run.config, can_clone):
                 warn_once(f"step 1: {text}")
 
     def finish_step(self) -> None:
@@ -232,9 +236,9 @@ def rollout_metrics(rewards: torch.Tensor, groups: list[list]) -> dict[str, floa
             "unfinished_rate": sum(not one.finished or reasons_on(one.text) for one in flat) / len(flat)}
 
 
-def advice(metrics: dict, settings: dict, sft="begin with --algo sft and continue with --init-adapter, or ") -> list:
-    """What will probably keep a run from learning, by its first step. `sft`: advice to start with SFT, if it can."""
-    found = []
+def advice(metrics: dict, settings: dict, can_clone: bool) -> list[str]:
+    """What will probably keep a run from learning, by its first step. `can_clone`: whether SFT could come first."""
+    found, sft = [], "begin with --algo sft and continue with --init-adapter, or " if can_clone else ""
     if (rate := metrics.get("unfinished_rate", 0)) > 0.5:
         found.append(f"{rate:.0%} of the completions were cut off at --max-new-tokens {settings['max_new_tokens']}: "
                      "raise it, or choose an instruct model")

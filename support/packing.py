@@ -190,4 +190,6 @@ def describe_out_of_memory(error: BaseException) -> str:
     found = re.search(r"(MPS )?[\w:]+ out of memory.*?(?=\. GPU|$)|(?<=DefaultCPUAllocator: )[^.]*|Unable to allocate.*"
                       r"|Cannot allocate memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED|could not create a primitive",
                       " ".join(str(error).split()))
-    return found[0] if found else "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
+    if not found:
+        return "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
+    return found[0] if "memory" in found[0] else f"out of memory ({found[0]})"

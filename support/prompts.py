@@ -36,9 +36,12 @@ FACTS_SHOWN = [  # (turn, facts)
 ]
 
 
+NAMES_SHOWN = re.compile(r"\b(?:Nina|Tom|Ada|Kit|Leeds)\b")
+
+
 def is_copied(text: str, known: str) -> bool:
-    """Whether a text is about Nina, the person of OPERATIONS_SHOWN, although the case (its texts: `known`) is not."""
-    return "Nina" in text and "Nina" not in known
+    """Whether a text has a name from the demonstrations that the case (its texts: `known`) has not."""
+    return not {*NAMES_SHOWN.findall(text)} <= {*NAMES_SHOWN.findall(known)}
 
 
 def date_suffix(time: str) -> str:

@@ -42,8 +42,9 @@ EM: exact match, case and punctuation ignored. F1, BLEU-1: word overlap with the
 reference answer (Mem0's definitions); F1 LoCoMo: that benchmark's own F1.
 Brackets: 95 % bootstrap intervals over questions. bank: memories at the end.
 ADD/UPD/DEL/NOOP: operations of the Manager. agree: turns whose edit equals the
-reference operation. invalid: outputs without a readable answer. cut: prompts
-that dropped memories to fit. All numbers but bank and times are in percent.
+reference operation. lost: facts, operations and outputs of the Manager that
+cannot be used. invalid: outputs without a readable answer. cut: prompts that
+dropped memories to fit. All numbers but bank and times are in percent.
 ms: median/95th percentile; each prompt counts as its batch's time divided
 equally, so give --at-once 1 to time single calls. Extracting facts is not timed."""
 
@@ -178,6 +179,12 @@ def format_ops(ops: dict[str, int]) -> str:
     return "/".join(f"{100 * ops.get(event, 0) / total:.0f}" for event in OPERATIONS) if total else "-"
 
 
+def lost_rate(ops: dict[str, int]) -> float:
+    """{"ADD": 3, "NOOP": 1, "invalid": 1} -> 0.2; see `manager.bank_report`"""
+    lost = sum(ops.get(kind, 0) for kind in ("invalid", "skipped", "unread_facts"))
+    return lost / max(1, lost + sum(ops.get(event, 0) for event in OPERATIONS))
+
+
 def format_latency(latency: dict[str, float]) -> str:
     return f"{1000 * latency['p50']:.1f}/{1000 * latency['p95']:.1f}"
 
@@ -204,13 +211,14 @@ def format_report(source: str, dialogues: Sequence[Dialogue], rows: Sequence[dic
     scores = [[row["system"], *(format_score(row["overall"], metric, metric in ("em", "f1")) for metric in metrics)]
               for row in rows]
     memory = [[row["system"], f"{row['bank_size']:.1f}", format_ops(row["ops"]), format_rate(row["agreement"]),
-               format_rate(row["invalid_rate"]), format_rate(row["cut_rate"])] for row in rows]
+               format_rate(lost_rate(row["ops"])), format_rate(row["invalid_rate"]), format_rate(row["cut_rate"])]
+              for row in rows]
     latency = [[row["system"], *map(format_latency, row["latency"].values())] for row in rows]
     return "\n\n".join([
         f"{source}: {num_questions} questions about {len(dialogues)} x {num_turns:.0f} turns",
         format_table([["system", *metrics.values()], *scores]),
         category_table(rows), *([PAPER.read_text()] if with_paper else []),
-        format_table([["memory", "bank", "ADD/UPD/DEL/NOOP", "agree", "invalid", "cut"], *memory]),
+        format_table([["memory", "bank", "ADD/UPD/DEL/NOOP", "agree", "lost", "invalid", "cut"], *memory]),
         format_table([["latency", "ms a turn", "ms to search", "ms to answer"], *latency])]) + "\n"
 
 

@@ -103,13 +103,14 @@ FINE = {"unfinished_rate": 0.5, "invalid_rate": 0.5, "zero_std_rate": 0.99, "rew
 def test_advice_after_the_first_step(metrics, words, algo, reward):
     """Groups of equal rewards stop GRPO only. A joint run cannot start with SFT."""
     settings, is_stuck = {"max_new_tokens": 7, "algo": algo, "reward": reward}, metrics.get("zero_std_rate") == 1
-    found, words = advice(metrics, settings), words[:-1] if algo == "ppo" and is_stuck else words
+    found, words = advice(metrics, settings, True), words[:-1] if algo == "ppo" and is_stuck else words
     assert len(found) == len(words) and all(map(re.search, words, found)) and not any("\n" in text for text in found)
     assert ("--reward f1" in " ".join(found)) == (is_stuck and (algo, reward) == ("grpo", "em"))
-    assert not re.search("sft|init", " ".join(advice(metrics, settings, sft="")))
+    assert not re.search("sft|init", " ".join(advice(metrics, settings, False)))
 
 
-@pytest.mark.parametrize("settings, noted", [({"algo": "grpo", "max_new_tokens": 9}, True), ({}, False)])
+@pytest.mark.parametrize("settings, noted", [
+    ({"algo": "grpo", "agent": "answer", "max_new_tokens": 9}, True), ({}, False)])
 def test_a_script_says_after_step_1_how_long_the_run_takes_and_what_looks_wrong(tmp_path, capsys, settings, noted):
     """Once, and not for a toy, which has no flags."""
     warn_once.cache_clear()
@@ -122,6 +123,18 @@ def test_a_script_says_after_step_1_how_long_the_run_takes_and_what_looks_wrong(
     assert out.count("90.2 s a step; 30 more like this one would take 0:45:0") == out.count("like this one") == noted
     assert err.count("note: step 1: 75% of the completions were cut off at --max-new-tokens 9") == noted
     assert err.count("note") == noted
+
+
+@pytest.mark.parametrize("agent, data, advised", [
+    ("answer", "me.txt", True), ("manager", "locomo", True), ("manager", "me.txt", False)])
+def test_sft_is_advised_where_there_is_something_to_clone(tmp_path, capsys, agent, data, advised):
+    """A run of one step does not say how long the others take."""
+    warn_once.cache_clear()
+    loop = Loop(None, None, Run(tmp_path, {"algo": "grpo", "agent": agent, "data": data}), SimpleNamespace(steps=1))
+    loop.optimizer = two_groups()[2]
+    loop.log(1, {"invalid_rate": 1.0}, [])
+    out, err = capsys.readouterr()
+    assert ("--algo sft" in err) == advised and "choose a larger model" in err and "like this one" not in out
 
 
 # --- optimizer steps ---

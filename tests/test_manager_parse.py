@@ -132,15 +132,24 @@ def test_what_cannot_be_applied_is_skipped_and_counted(completion, edits, skippe
 
 
 def test_copies_of_the_examples_are_skipped():
-    copy, own = ('{"event": "ADD", "text": "%s"}' % text for text in ("Nina lives in Leeds.", "Jon met Tom."))
+    copy, own = ('{"event": "ADD", "text": "%s"}' % text for text in ("Nina plays chess.", "Jon met Ann."))
     assert parse(f"[{copy}, {own}]", CASE) == parse(f"[{own}]", CASE) and parse(f"[{copy}, {own}]", CASE).skipped == 1
     assert parse(f"[{copy}]", CASE) is None
     for case in (replace(CASE, speaker="Nina"), replace(CASE, facts=("Nina left.",)), replace(
             CASE, memories=(*CASE.memories, Memory(99, "Jon is a friend of Nina.", "Jon", "")))):
-        assert parse(f"[{copy}]", case) == [Edit("ADD", None, "Nina lives in Leeds.")]
+        assert parse(f"[{copy}]", case) == [Edit("ADD", None, "Nina plays chess.")]
     examples = [json.loads(reply) for _, reply in manager.OPERATIONS_SHOWN]
     texts = [operation["text"] for reply in examples for operation in reply if "text" in operation]
     assert texts and all("Nina" in text for text in texts), "each copy of an example can be recognised"
+
+
+def test_facts_that_copy_a_demonstration_are_skipped(fake):
+    """All of them name somebody or a place that the turn does not."""
+    shown = [fact for _, reply in manager.FACTS_SHOWN for fact in json.loads(reply)]
+    agent = Manager(fake(lambda _: json.dumps([*shown, "Jon ran."])), settings=manager.Settings(extract=True))
+    for text, kept in (("Hi!", ["Jon ran."]), ("Ada and Tom met Nina in Leeds.", [*shown, "Jon ran."])):
+        [facts] = agent.extract([Turn("D1:1", 1, "Jon", text, "3 June 2023")])
+        assert facts == kept and facts.skipped == len(shown) + 1 - len(kept)
 
 
 def test_long_texts_are_counted():

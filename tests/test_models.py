@@ -1,6 +1,7 @@
 """Models from .gguf files; default dtype and device; chat templates; window; layers for LoRA; full memory."""
 import json
 import logging
+import re
 from datetime import date
 
 import numpy as np
@@ -18,9 +19,11 @@ from transformers import (
     OPTForCausalLM,
 )
 
+import answer
 import evaluate
 import grpo
 import train_answer
+import train_manager
 from data import TINY, UsageError
 from policy import Policy
 from support import pretrained
@@ -69,22 +72,34 @@ def test_an_adapter_trained_on_a_gguf_file_fits_the_folder_of_the_same_model(ggu
 
 
 def test_training_and_evaluation_on_a_gguf_file(gguf, tmp_path, monkeypatch, capsys):
+    """With the defaults of small models: SFT, then RL from there, of both agents, and all four pairs of agents."""
     monkeypatch.chdir(tmp_path)
     turns = [{"speaker": speaker, "text": text, "time": "8 May 2023"} for speaker, text in (
         ("Jon", "I have a dog named Buddy."), ("Gina", "I bought a Kia car."), ("Jon", "I moved to Rome."))]
     questions = [{"question": "Which dog does Jon have?", "answer": "Buddy", "evidence": [1]},
                  {"question": "Where does Jon live?", "answer": "Rome", "evidence": [3]}]
     (tmp_path / "me.json").write_text(json.dumps({"turns": turns, "questions": questions}))
-    shared = ["--model", str(gguf), "--data", "me.json", "--device", "cpu", "--no-distill", "--memories", "2"]
-    train_answer.main([*shared, "--bank", "turns", "--steps", "1", "--batch-size", "2", "--group-size", "2",
-                       "--max-new-tokens", "8", "--reward", "f1", "--out", "run"])
-    rows = read_rows("run/metrics.jsonl")
-    assert [row["step"] for row in rows if "eval" not in row] == [1]
-    assert {row["eval"]: row["n"] for row in rows if "eval" in row} == {"untrained": 2, "trained": 2}
-    evaluate.main([*shared, "--system", "rag", "--answer", "base", "run", "--max-answer-tokens", "8",
-                   "--out", "x.json"])
-    assert [row["overall"]["n"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]] == [2, 2]
-    assert "rag" in capsys.readouterr().out
+    shared = ["--model", str(gguf), "--data", "me.json", "--device", "cpu"]
+    monkeypatch.setitem(answer.REWARDS, "f1", lambda text, _: len(text) % 5 / 5)  # a random model is never right
+    short = [*shared, "--steps", "1", "--batch-size", "2"]
+    train_answer.main([*short, "--algo", "sft", "--out", "sft"])
+    for algo in ("grpo", "ppo"):
+        train_answer.main([*short, "--algo", algo, "--group-size", "2", "--init-adapter", "sft", "--out", algo])
+        rows = read_rows(f"{algo}/metrics.jsonl")
+        assert [row["step"] for row in rows if "eval" not in row] == [1] and rows[1]["reward"] > 0
+        assert {row["eval"]: row["n"] for row in rows if "eval" in row} == {"untrained": 2, "trained": 2}
+    train_manager.main([*short, "--trajectories", "0", "--bank", "base", "--group-size", "2", "--max-new-tokens", "8",
+                        "--answer-adapter", "sft", "--eval", "0", "--out", "manager"])
+    said = capsys.readouterr().out
+    assert said.count("--no-extract") == 4 and said.count("--bank turns") == 3
+    for flags in ([], ["--extract"]):
+        evaluate.main([*shared, *flags, "--system", "rag", "--manager", "base", "manager", "--answer", "base", "grpo",
+                       "--max-new-tokens", "8", "--max-answer-tokens", "8", "--out", f"x{len(flags)}.json"])
+        rows = json.loads((tmp_path / f"x{len(flags)}.json").read_text())["rows"]
+        assert [row["overall"]["n"] for row in rows] == 6 * [2]
+        outputs = [line["output"] for line in read_rows(f"x{len(flags)}.predictions.jsonl")]
+        assert len(outputs) == 12 and any(outputs)
+        assert re.search(r"^rag .*\n(.*\n)*memory .*lost", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -322,9 +337,10 @@ CPU = "[enforce fail at alloc_cpu:9] err == 0. DefaultCPUAllocator: {}: you trie
     (RuntimeError(CPU.format("not enough memory")), "not enough memory: you tried to allocate 9 bytes"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)."), "MPS backend out of memory (MPS allocated: "),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "error: out of memory"),
-    (RuntimeError("could not create a primitive"), "could not create a primitive"),  # oneDNN
-    (MemoryError("std::bad_alloc"), "std::bad_alloc"),
-    (MemoryError(), "out of memory"), (MemoryError("Unable to allocate 7.11 PiB"), "Unable to allocate 7.11 PiB")])
+    (RuntimeError("could not create a primitive"), "out of memory (could not create a primitive)"),  # oneDNN
+    (MemoryError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
+    (MemoryError(), "out of memory"), (
+        MemoryError("Unable to allocate 7.11 PiB"), "out of memory (Unable to allocate 7.11 PiB)")])
 def test_a_full_machine_costs_one_step_and_prints_one_line(tiny, tmp_path, capsys, error, words):
     def fail(_):
         raise error

@@ -19,6 +19,11 @@ ORACLE = real_file("metric_oracle.json")
 
 # ------------------------------------------------------------------------------------------------ statistics, tables
 
+def test_a_manager_whose_outputs_are_lost_shows_it():
+    ops = {"ADD": 2, "NOOP": 1, "invalid": 2, "skipped": 1, "unread_facts": 4, "cut_texts": 9}
+    assert report.lost_rate(ops) == 0.7 and report.lost_rate({"invalid": 3}) == 1 and report.lost_rate({}) == 0
+
+
 @pytest.mark.parametrize("prediction, reference, category, expected", [
     ("7 May, 2023", "7 May 2023", 2, (1, 1, 0.75, 1)), ("the beach", "Beach.", 4, (1, 2 / 3, 0.5, 1)),
     ("dogs", "dog", 4, (0, 0, 0, 1)), ("Buddy and Scout", "Scout and Buddy", 4, (0, 1, 1, 1)),

@@ -105,6 +105,12 @@ def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
         "--window 3 turns apart")
     with pytest.raises(UsageError, match="--data mine: no question fits into --window 3, so no turn can be scored"):
         train_manager.describe_links([evidence_dialogue(a="50", b="")], args)
+    args = SimpleNamespace(data="mine", window=3, bank="trajectory", horizon=4)
+    assert train_manager.describe_links([evidence_dialogue(a="52", b="3", c="", d="1", e="5")], args) == (
+        "--data mine: 2 of 5 questions score 2 turns; left out: 1 without evidence, 0 whose evidence is more than "
+        "--window 3 turns apart, 2 with evidence after --horizon 4")
+    with pytest.raises(UsageError, match="no question has its evidence within --horizon"):
+        train_manager.describe_links([evidence_dialogue(a="5")], args)
 
 
 @pytest.mark.parametrize("preface", ["", "Current date: 2023/05/30 (Tue) 23:40.", "Speaker 2 asks Speaker 1:"])

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from data import UsageError
 from memory import MemoryBank, make_embedder
 from support import run as runs
 from support.cli import exit_cleanly
+from support.loop import Loop
 from support.run import Run, folder_lock, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +132,27 @@ def test_a_full_gpu_costs_one_step_and_prints_one_line(tiny, tmp_path, capsys, a
     task = run_letters(tiny(b=0.0), tmp_path, algorithm, resume=True, checkpoint_every=100)
     assert task.seen == [4, 5, 6] and [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [
         0, 1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_checkpoint_is_written_when_the_step_that_did_not_fit_has_freed_its_tensors(
+        tiny, tmp_path, monkeypatch, is_full):
+    """If there is no room for it either, the error remains that of the step."""
+    held, save = [], Loop.save
+
+    def full(rewards):
+        tensor = torch.zeros(9)
+        held.append(weakref.ref(tensor))
+        return out_of_memory(rewards)
+
+    def save_if_free(self, step):
+        held.append(held[0]() is None)
+        if is_full:
+            raise RuntimeError("unexpected pos 64 vs 48")  # of torch.save
+        save(self, step)
+    monkeypatch.setattr(Loop, "save", save_if_free)
+    stopped_run(tiny(b=0.0), tmp_path, grpo, torch.OutOfMemoryError, {("rewards", 2): full}, checkpoint_every=9)
+    assert held[1:] == [True] and (tmp_path / "checkpoint").exists() != is_full
 
 
 @pytest.mark.parametrize("algorithm", [grpo, ppo])

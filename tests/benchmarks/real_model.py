@@ -47,6 +47,8 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
                                 "--out OUT/test-sft-grpo-0.json"),
     "test-sft-grpo-1": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer OUT/sft-grpo-1 "
                                 "--out OUT/test-sft-grpo-1.json"),
+    "test-sft-ppo-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer OUT/sft-ppo-0 "
+                               "--out OUT/test-sft-ppo-0.json"),
     "distill-sft-0": ("qwen", f"{TRAIN} --algo sft --steps 38 --distill --out OUT/distill-sft-0"),
     "distill-grpo-0": ("qwen", f"{TRAIN} --algo grpo --distill --init-adapter OUT/distill-sft-0 "
                                "--out OUT/distill-grpo-0"),
@@ -54,6 +56,7 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
                           "--answer base OUT/distill-sft-0 OUT/distill-grpo-0 --out OUT/distill-0.json"),
     "memories": ("qwen", f"{EVALUATE} --split val --system rag --memories 8,12,30,60 --answer base OUT/sft-grpo-0 "
                          "--out OUT/memories.json"),
+    "facts": ("qwen", f"{EVALUATE} --split val --system add-all --extract --memories 8,16 --out OUT/facts.json"),
     "manager-0": ("qwen", f"{MANAGER} --out OUT/manager-0"),
     "manager-sft-0": ("qwen", "train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume "
                               "--algo sft --steps 80 --eval 0 --out OUT/manager-sft-0"),
