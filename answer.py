@@ -2,9 +2,9 @@
 The Answer Agent of Memory-R1 (arXiv 2508.19828, Alg. 4): it retrieves memories for a question, selects the relevant
 ones (memory distillation) and answers, all in one completion.
 
-    prompt                                                completion      or, shorter
-    question: Which car does Jon drive?                   1 none          relevant: 2
-    memories of Jon:                                      2 Kia           answer: Kia
+    prompt of the tiny model                              completion      of a real model
+    question: Which car does Jon drive?                   1 none          {"relevant": [2], "answer": "Kia"}
+    memories of Jon:                                      2 Kia
     1 (8 May 2023) Jon has a dog named Buddy.             answer: Kia
     2 (3 June 2023) Jon drives a Kia car.
     question: Which car does Jon drive?
@@ -14,6 +14,7 @@ Difference from the paper: a completion gives the numbers of the selected memori
 This file also defines the metrics EM, F1 and BLEU-1; support/judge.py asks a language model instead.
 """
 import support.installed  # noqa: F401  # isort: skip  names missing packages
+import json
 import math
 import os
 import re
@@ -60,14 +61,11 @@ CHAT = {  # by the model's size; small models answer worse from many memories, a
 
 # Prompts of real models, chosen on LoCoMo's train and val conversations (docs/results.md). They show no example answer,
 # because small models repeat it. The tiny model's chat template drops system messages.
-SYSTEM_PLAIN = """You answer questions about two people from numbered notes of their conversations. Answer in as few \
+SYSTEM = """You answer questions about two people from numbered notes of their conversations. Answer in as few \
 words as possible: a name, a thing, a date or a short list. Do not write a sentence."""
-SYSTEM = """You answer questions about two people from numbered notes of their conversations. First name the notes \
-that matter, then answer in as few words as possible: a name, a thing, a date or a short list, never a sentence.
-Write exactly two lines:
-relevant: <numbers of the notes that matter>
-answer: <the short answer>"""
-
+END_PLAIN = "Answer in at most six words."
+END = """Reply with JSON: the keys "relevant" (a list of the numbers of the notes that matter) and "answer" (at most \
+six words)."""
 
 ANSWER = re.compile(r"(?i)(?:\banswer(?: is)?[ \t]*[:：]|<answer>|^#+ *(?:final )?answer *$)\s*(.*)", re.MULTILINE)
 
@@ -133,7 +131,7 @@ def case_text(shown: dict[str, Sequence[Memory]], question: str, distill: bool =
         wanted = "relevant memories, then the answer:" if distill else "the answer alone:"
         return "\n".join([f"question: {asked}", *(blocks or ["memories:\nnone"]), f"question: {asked}", wanted])
     return "\n".join([*(blocks or ["Memories: none"]), "", "Each date above says when the words were spoken. "
-                      f"Question: {asked}", "Answer in at most six words."])
+                      f"Question: {asked}", END if distill else END_PLAIN])
 
 
 def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequence[str], settings: Settings,
@@ -141,7 +139,7 @@ def prompt_for(policy, ranked: Sequence[Memory], question: str, speakers: Sequen
     """The prompt with the memories `ranked`, best first; the last are dropped if it is too long."""
     def messages(memories):
         text = case_text(by_speaker(memories, speakers), question, settings.distill, is_tiny(policy.name), preface)
-        return chat_messages(SYSTEM if settings.distill else SYSTEM_PLAIN, text)
+        return chat_messages(SYSTEM, text)
 
     ids, kept, dropped = fit_prompt(policy, messages, ranked, settings.max_prompt_tokens, settings.max_new_tokens)
     return AnswerPrompt(ids, [memory for own in by_speaker(kept, speakers).values() for memory in own], dropped)
@@ -155,11 +153,16 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
 
 
 def from_json(text: str) -> str:
-    """'{"relevant": [2], "Answer": ["Kia", "VW"]}' -> 'relevant: [2]\\nanswer: Kia, VW'; another text as it is."""
-    objects = [lowered(value) for value in json_values(text) if isinstance(value, dict)]
-    found = next((one for one in objects if "answer" in one), None)
+    """
+    '{"relevant": [2], "Answer": ["Kia", "VW"]}' -> 'relevant: [2]\\nanswer: Kia, VW', also if the end of the answer is
+    cut off; another text as it is.
+    """
+    objects = [lowered(value) for value in (*json_values(text), *json_values(text + '"}')) if isinstance(value, dict)]
+    found = next((one for one in objects if one.keys() & {"relevant", "answer"}), None)
     if not found:
         return text
+    if "answer" not in found:
+        return f"relevant: {found['relevant']}"
     answers = found["answer"] if isinstance(found["answer"], list) else [found["answer"]]
     answer = ", ".join(str(one) for one in answers if one is not None)
     return f"relevant: {found.get('relevant')}\nanswer: {answer}"
@@ -167,9 +170,9 @@ def from_json(text: str) -> str:
 
 def parse(completion: str) -> Answer:
     """
-    'relevant: 2\\nanswer: Kia' or '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). Without "answer:" all of
-    the text, except lines "relevant: ...", is the answer, as in the authors' code. Invalid: no answer, or reasoning
-    that does not end. Never raises.
+    '{"relevant": [2], "answer": "Kia"}', '1 none\\n2 Kia\\nanswer: Kia' -> Answer("Kia", (2,), True). If nothing marks
+    the answer, it is all of the text, except lines "relevant: ...", as in the authors' code. Invalid: no answer, or
+    reasoning that does not end. Never raises.
     """
     text = after_reasoning(completion)[:MAX_OUTPUT_CHARS]
     text = re.sub(r"`|(?<!\w)\*|\*(?!\w)", "", text)  # Markdown, but not the asterisks of "M*A*S*H"
@@ -195,7 +198,8 @@ def parse(completion: str) -> Answer:
 def format_answer(given: Answer, shown: Sequence[Memory], distill: bool = True, tiny: bool = False) -> str:
     """An answer as a completion, the inverse of `parse`. `tiny`: a verdict per memory, as the tiny model writes it."""
     if not tiny:
-        return f"relevant: {', '.join(map(str, given.selected))}\nanswer: {given.text}" if distill else given.text
+        found = {"relevant": given.selected, "answer": given.text}
+        return json.dumps(found, ensure_ascii=False) if distill else given.text
     verdicts, words = [], given.text.split(" and ")
     for i, memory in enumerate(shown if distill else (), 1):
         found_here = [word for word in words if i in given.selected and word in f"{memory.time} {memory.text}"]

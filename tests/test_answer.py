@@ -66,10 +66,12 @@ def test_prompt_by_hand():
         "3 Gina sings.\n"
         "\n"
         "Each date above says when the words were spoken. Question: Which car does Jon drive?\n"
-        "Answer in at most six words.")}
+        'Reply with JSON: the keys "relevant" (a list of the numbers of the notes that matter) and "answer" (at most '
+        'six words).')}
     system, user = messages([], PAIR, "Why?", distill=False)
-    assert system["content"] == answer.SYSTEM_PLAIN != answer.SYSTEM and "relevant:" not in system["content"]
-    assert user["content"].startswith("Memories: none\n\nEach date")
+    assert system["content"] == answer.SYSTEM
+    assert user["content"] == ("Memories: none\n\nEach date above says when the words were spoken. Question: Why?\n"
+                               "Answer in at most six words.")
 
 
 def test_prompt_of_the_tiny_model_by_hand():
@@ -235,6 +237,7 @@ def test_identical_prompts_are_answered_once(tiny):
     ("answering: Kia", Answer("answering: Kia", (), True)), ("答え answer：Kia", Answer("Kia", (), True)),
     ('{"relevant": [2, 5], "answer": "Kia"}', Answer("Kia", (2, 5), True)), ('{"answer": 7}', Answer("7", (), True)),
     ('```json\n{"reason": "{", "answer": "Kia"}\n```', Answer("Kia", (), True)),
+    ('{"relevant": [2]}', Answer("", (2,), False)),
     ('{"answer": ""}', Answer("", (), False)), ('{"relevant": [], "answer": null}', Answer("", (), False)),
     ('{"Relevant": [3], "ANSWER": "Kia"}', Answer("Kia", (3,), True)),
     ('{"answer": ["Kia", "BMW"]}', Answer("Kia, BMW", (), True)), ('{"answer": []}', Answer("", (), False)),
@@ -243,7 +246,7 @@ def test_identical_prompts_are_answered_once(tiny):
     ("relevant:\n- 2\n- 5.\nanswer: Kia", Answer("Kia", (2, 5), True)),
     ("Relevant notes: 1\n• 12\nNote 7\n8\nanswer: 4", Answer("4", (1, 12), True)),
     ("relevant: 1\n7", Answer("7", (1,), True)),  # without "answer:"
-    ('{"answer": "Kia', Answer('{"answer": "Kia', (), True)), ("# Answer \nKia", Answer("Kia", (), True)),
+    ('{"relevant": [2], "answer": "Kia Ri', Answer("Kia Ri", (2,), True)), ("# Answer \nKia", Answer("Kia", (), True)),
     ("relevant: 1\n### Final answer\n\nKia", Answer("Kia", (1,), True)),
     ("<Answer>Kia</ANSWER>!", Answer("Kia", (), True)),
     ("answer: $\\boxed{Kia}$", Answer("Kia", (), True)), ("\\boxed{a {b}}", Answer("a {b}", (), True)),

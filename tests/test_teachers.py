@@ -108,7 +108,7 @@ SHOWN = [Memory(1, "Jon has a dog named Buddy.", "Jon", "8 May 2023"), Memory(2,
     (Answer("3 June 2023", (2,), True), True, True, "1 none\n2 3 June 2023\n3 none\nanswer: 3 June 2023"),
     (Answer("none", (), True), True, True, "1 none\n2 none\n3 none\nanswer: none"),
     (Answer("Buddy", (), True), False, True, "answer: Buddy"),
-    (Answer("Buddy and Scout", (1, 3), True), True, False, "relevant: 1, 3\nanswer: Buddy and Scout"),
+    (Answer("Buddy and Scout", (1, 3), True), True, False, '{"relevant": [1, 3], "answer": "Buddy and Scout"}'),
     (Answer("3 June 2023", (), True), False, False, "3 June 2023")])
 def test_an_answer_as_a_completion_is_read_back(given, distill, tiny, text):
     assert answer.format_answer(given, SHOWN, distill, tiny) == text and answer.parse(text) == given
@@ -138,7 +138,7 @@ def test_correct_answers_in_the_format_of_each_model(answer_task, flags):
     for prompt, text in zip(prompts, texts, strict=True):
         item, given = golds[tuple(prompt)], answer.parse(text)
         assert given.text == item.question.answer and given.is_valid
-        assert text.startswith("relevant:") == (made.args.distill and "X" in flags)
+        assert text.startswith('{"relevant"') == (made.args.distill and "X" in flags)
         if made.args.distill and given.text != "none":
             shown = made.make_episode(item, 20).shown
             told = " ".join(f"{shown[i - 1].time} {shown[i - 1].text}" for i in given.selected)
@@ -160,7 +160,7 @@ def real_file(tmp_path):
 
 
 @pytest.mark.parametrize("flags, texts", [
-    ("--distill", ["relevant: 1\nanswer: Rex0", "relevant: 1, 3\nanswer: Rex1"]),
+    ("--distill", ['{"relevant": [1], "answer": "Rex0"}', '{"relevant": [1, 3], "answer": "Rex1"}']),
     ("--no-distill", ["Rex0", "Rex1", "Rex29"])])
 def test_correct_answers_of_real_data_select_the_evidence_and_are_left_out_if_it_is_not_shown(
         answer_task, tmp_path, flags, texts):
@@ -193,7 +193,7 @@ def test_a_hosted_teacher_sees_the_same_memories_and_its_answers_are_put_into_ou
     made = answer_task(*flags)
     assert (prompts, completions, report) == made.demonstrations() and len(server.requests) == 3
     assert report == {"invalid_rate": pytest.approx(2 / 3)}
-    assert [made.policy.decode(ids) for ids in completions] == ["relevant: 1\nanswer: Rex"]
+    assert [made.policy.decode(ids) for ids in completions] == ['{"relevant": [1], "answer": "Rex"}']
     shown, *_ = (re.findall(r"(?m)^\d+ .*$", made.policy.decode(prompt)) for prompt in prompts)
     assert len(shown) == 30 and all(re.findall(r"(?m)^\d+ .*$", request["messages"][1]["content"]) == shown
                                     for request in server.requests)

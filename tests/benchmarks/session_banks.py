@@ -79,7 +79,7 @@ def main():
         systems.setdefault(line["system"], []).append((wanted, {*line["context"]}))
     for system, pairs in systems.items():
         print(f"{system}: of {len(pairs)} questions {sum(bool(own & shown) for own, shown in pairs)} have evidence in "
-              f"the prompt, {sum(own <= shown for own, shown in pairs)} have all of it")
+              f"the prompt, {sum(bool(own) and own <= shown for own, shown in pairs)} have all of it")
 
 
 if __name__ == "__main__":
