@@ -59,7 +59,7 @@ CHAT = {  # by the model's size; small models answer worse from many memories, a
     "tiny": Settings(4, named_only=True), "small": Settings(8, distill=False, max_prompt_tokens=4096),
     "large": Settings(60, max_prompt_tokens=4096)}
 
-# Prompts of real models, chosen on LoCoMo's train and val conversations (docs/results.md). They show no example answer,
+# Prompts of real models, chosen on LoCoMo's val conversation (docs/results.md). They show no example answer,
 # because small models repeat it. The tiny model's chat template drops system messages.
 SYSTEM = """You answer questions about two people from numbered notes of their conversations. Answer in as few \
 words as possible: a name, a thing, a date or a short list. Do not write a sentence."""
@@ -154,11 +154,12 @@ def build_prompt(policy, bank: MemoryBank, question: str, speakers: Sequence[str
 
 def from_json(text: str) -> str:
     """
-    '{"relevant": [2], "Answer": ["Kia", "VW"]}' -> 'relevant: [2]\\nanswer: Kia, VW', also if the end of the answer is
-    cut off; another text as it is.
+    '{"relevant": [2], "Answer": ["Kia", "VW"]}' -> 'relevant: [2]\\nanswer: Kia, VW', also if its end is cut
+    off. Another text stays as it is.
     """
-    objects = [lowered(value) for value in (*json_values(text), *json_values(text + '"}')) if isinstance(value, dict)]
-    found = next((one for one in objects if one.keys() & {"relevant", "answer"}), None)
+    values = (value for end in ("", '"}', "}", '"]}', "]}") for value in json_values(text.rstrip() + end))
+    objects = [lowered(value) for value in values if isinstance(value, dict)]
+    found = next((one for key in ("answer", "relevant") for one in objects if key in one), None)
     if not found:
         return text
     if "answer" not in found:

@@ -28,10 +28,11 @@ def linked_questions(dialogue: Dialogue, window: int) -> dict[str, tuple[Questio
 def describe_links(dialogues: Sequence[Dialogue], args: argparse.Namespace) -> str:
     """How many questions score a turn, and why the others do not. UsageError if none does."""
     asked = [question for dialogue in dialogues for question in dialogue.questions]
-    without = sum(not question.evidence for question in asked)
+    without = sum(not question.evidence and not question.asked_after for question in asked)
     if args.bank == "trajectory":
         dialogues = [cut(dialogue, args.horizon) for dialogue in dialogues]
-    beyond = len(asked) - without - sum(bool(one.evidence) for dialogue in dialogues for one in dialogue.questions)
+    beyond = len(asked) - without - sum(
+        bool(one.evidence or one.asked_after) for dialogue in dialogues for one in dialogue.questions)
     linked = [questions for dialogue in dialogues for questions in linked_questions(dialogue, args.window).values()]
     num_linked = sum(map(len, linked))
     if not linked:

@@ -53,8 +53,8 @@ def fit(train, policy, task: Task, run: Run, adapter: str | tuple[str, ...], con
         train(policy, task, loop, adapter, config)
     except (RuntimeError, MemoryError) as error:
         if describe_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # their tensors are those of the step that did not fit
-            with suppress(RuntimeError, MemoryError):  # still too little memory: the last checkpoint stays
+            traceback.clear_frames(error.__traceback__)  # the frames hold the tensors of the step that did not fit
+            with suppress(RuntimeError, MemoryError, UsageError):  # cannot be written: the last checkpoint stays
                 loop.save_unfinished_step()
         raise
     if not distributed.rank0_result(run.is_complete, config.steps):

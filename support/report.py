@@ -46,7 +46,7 @@ reference operation. lost: facts, operations and outputs of the Manager that
 cannot be used. invalid: outputs without a readable answer. cut: prompts that
 dropped memories to fit. All numbers but bank and times are in percent.
 ms: median/95th percentile; each prompt counts as its batch's time divided
-equally, so give --at-once 1 to time single calls. Extracting facts is not timed."""
+equally, so give --at-once 1 to time single calls. Fact extraction is not timed."""
 
 
 @lru_cache(maxsize=1)

@@ -111,6 +111,8 @@ def test_a_line_counts_the_questions_that_judge_a_turn(capsys):
         "--window 3 turns apart, 2 with evidence after --horizon 4")
     with pytest.raises(UsageError, match="no question has its evidence within --horizon"):
         train_manager.describe_links([evidence_dialogue(a="5")], args)
+    with pytest.raises(UsageError, match="no question names a turn as evidence"):
+        train_manager.describe_links([evidence_dialogue(a="")], args)
 
 
 @pytest.mark.parametrize("preface", ["", "Current date: 2023/05/30 (Tue) 23:40.", "Speaker 2 asks Speaker 1:"])

@@ -30,11 +30,15 @@ MODELS = {  # Apache-2.0: file, packages with its pieces in order, SHA-256
 TRAIN = "train_answer.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume"
 EVALUATE = "evaluate.py --data locomo --dtype bfloat16 --no-distill --max-answer-tokens 40"
 BANKS = EVALUATE.replace("evaluate.py", "tests/benchmarks/session_banks.py") + " --max-new-tokens 256 --memories 8"
+SELECT = f"{EVALUATE} --split val --system rag --memories 8 --distill --max-answer-tokens 60"
 MANAGER = ("train_manager.py --data locomo --dtype bfloat16 --checkpoint-every 1 --resume --algo grpo --refresh 4 "
            "--steps 8 --warmup 1 --compression-penalty 0.3 --eval 0 --answer-adapter OUT/sft-0")
 PARTS = {  # name: (model, command). "OUT" stands for --out
-    "prompt": ("qwen", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt.json"),
+    "prompt": ("qwen", f"{EVALUATE} --split val --system rag --memories 8,12 --out OUT/prompt.json"),
     "prompt-smollm2": ("smollm2", f"{EVALUATE} --split val --system rag --memories 12 --out OUT/prompt-smollm2.json"),
+    "prompt-1.5": ("qwen1.5", f"{EVALUATE} --split val --system rag --memories 8 --out OUT/prompt-1.5.json"),
+    "selection": ("qwen", f"{SELECT} --out OUT/selection.json"),
+    "selection-1.5": ("qwen1.5", f"{SELECT} --out OUT/selection-1.5.json"),
     "answer-0": ("qwen", f"{TRAIN} --algo grpo --seed 0 --out OUT/answer-0"),
     "answer-1": ("qwen", f"{TRAIN} --algo grpo --lr 2e-4 --seed 1 --out OUT/answer-1"),
     "test-0": ("qwen", f"{EVALUATE} --system rag --memories 8 --answer base OUT/answer-0 --out OUT/test-0.json"),
@@ -52,8 +56,7 @@ PARTS = {  # name: (model, command). "OUT" stands for --out
     "distill-sft-0": ("qwen", f"{TRAIN} --algo sft --steps 38 --distill --out OUT/distill-sft-0"),
     "distill-grpo-0": ("qwen", f"{TRAIN} --algo grpo --distill --init-adapter OUT/distill-sft-0 "
                                "--out OUT/distill-grpo-0"),
-    "distill-0": ("qwen", f"{EVALUATE} --split val --system rag --memories 8 --distill --max-answer-tokens 60 "
-                          "--answer base OUT/distill-sft-0 OUT/distill-grpo-0 --out OUT/distill-0.json"),
+    "distill-0": ("qwen", f"{SELECT} --answer base OUT/distill-sft-0 OUT/distill-grpo-0 --out OUT/distill-0.json"),
     "memories": ("qwen", f"{EVALUATE} --split val --system rag --memories 8,12,30,60 --answer base OUT/sft-grpo-0 "
                          "--out OUT/memories.json"),
     "facts": ("qwen", f"{EVALUATE} --split val --system add-all --extract --memories 8,16 --out OUT/facts.json"),
